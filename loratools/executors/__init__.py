@@ -1,0 +1,1 @@
+"""Where steps run. An executor maps a function over items and yields results as they come."""

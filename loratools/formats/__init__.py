@@ -1,0 +1,1 @@
+"""File formats: keys and files to modules, and back. Never any mathematics."""

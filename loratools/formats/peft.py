@@ -1,0 +1,388 @@
+"""PEFT adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+
+What each key means is one table, :data:`ROLES`. Facts: PEFT 0.2 to 0.21, measured.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loratools.adapter import Adapter, AdapterConfig, Extra, ExtraRole, Module
+from loratools.formats.peft_config import PeftConfig, effective_scaling
+from loratools.tensors.base import TensorRef
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loratools.tensors.base import TensorSource
+
+__all__ = ["PREFIX", "ROLES", "has_peft_keys", "read_peft"]
+
+PREFIX = "base_model.model."
+
+# Key suffix -> (kind of module, role of the tensor). An adapter's name may stand behind the first word:
+# lora_A.default.weight.
+ROLES: dict[str, tuple[str, str]] = {
+    "lora_A.weight": ("lora", "down"),
+    "lora_B.weight": ("lora", "up"),
+    "lora_B.bias": ("lora", "up_bias"),
+    "lora_embedding_A": ("lora", "embedding_down"),
+    "lora_embedding_B": ("lora", "embedding_up"),
+    "lora_magnitude_vector": ("lora", "magnitude"),
+    "lora_magnitude_vector.weight": ("lora", "magnitude"),  # PEFT 0.10 and 0.11
+    "lora_diag": ("lora", "diag"),
+    "lora_A": ("adalora", "down"),
+    "lora_B": ("adalora", "up"),
+    "lora_E": ("adalora", "singular"),
+    "ranknum": ("adalora", "ranknum"),
+    "ia3_l": ("ia3", "scale"),
+    "hada_w1_a": ("loha", "first_a"),
+    "hada_w1_b": ("loha", "first_b"),
+    "hada_t1": ("loha", "first_core"),
+    "hada_w2_a": ("loha", "second_a"),
+    "hada_w2_b": ("loha", "second_b"),
+    "hada_t2": ("loha", "second_core"),
+    "lokr_w1": ("lokr", "left"),
+    "lokr_w1_a": ("lokr", "left_a"),
+    "lokr_w1_b": ("lokr", "left_b"),
+    "lokr_w2": ("lokr", "right"),
+    "lokr_w2_a": ("lokr", "right_a"),
+    "lokr_w2_b": ("lokr", "right_b"),
+    "lokr_t2": ("lokr", "right_core"),
+}
+_WORDS = "|".join(sorted({key.split(".")[0] for key in ROLES}, key=len, reverse=True))
+_KEY = re.compile(
+    rf"(?P<path>.+?)\.(?P<word>{_WORDS})(?:\.(?!weight$|bias$)[^.]+)?(?P<tail>\.weight|\.bias)?"
+)
+_TOKENS = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_TRAINING_ONLY = ("lora_monteclora_sampler.", "lora_velora_embed", "original_module.")
+
+_REQUIRED = {
+    "lora": ({"down", "up"}, {"embedding_down", "embedding_up"}),
+    "adalora": ({"down", "up", "singular"},),
+    "ia3": ({"scale"},),
+    "loha": ({"first_a", "first_b", "second_a", "second_b"},),
+    "lokr": (
+        {"left", "right"}, {"left_a", "left_b", "right"}, {"left", "right_a", "right_b"},
+        {"left_a", "left_b", "right_a", "right_b"},
+    ),
+}  # fmt: skip
+_TYPES = {"LORA": {"lora"}, "ADALORA": {"adalora"}, "IA3": {"ia3"}, "LOHA": {"loha"}, "LOKR": {"lokr"}}
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
+
+
+class _Key(NamedTuple):
+    path: str
+    kind: str
+    role: str
+
+
+def split_key(key: str) -> _Key | None:
+    """The module, kind and role of an adapter key; None for a key that belongs to no module.
+
+    >>> split_key("model.layers.0.q_proj.lora_A.default.weight")
+    _Key(path='model.layers.0.q_proj', kind='lora', role='down')
+    """
+    found = _KEY.fullmatch(key)
+    if found is None:
+        return None
+    meaning = ROLES.get(found["word"] + (found["tail"] or ""))
+    return None if meaning is None else _Key(found["path"], *meaning)
+
+
+def has_peft_keys(source: TensorSource) -> bool:
+    """Whether any key is one that PEFT writes for a LoRA layer."""
+    return any(key.startswith("base_model.") or split_key(key) is not None for key in source.specs)
+
+
+def read_peft(name: str, source: TensorSource, config: PeftConfig, evidence: str) -> Adapter:
+    """Turn keys and configuration into an :class:`~loratools.adapter.Adapter`; reads no values."""
+    groups: dict[str, dict[str, TensorRef]] = {}
+    kinds: dict[str, str] = {}
+    extras: dict[str, Extra] = {}
+    known = _TYPES.get(config.peft_type, set())
+    for key in source.specs:
+        ref, path = TensorRef(source, key), key.removeprefix(PREFIX)
+        found = split_key(path)
+        if found is not None and found.kind in known and found.role not in groups.get(found.path, {}):
+            groups.setdefault(found.path, {})[found.role] = ref
+            kinds[found.path] = found.kind
+        else:
+            extras[key] = _extra(ref, path, config)
+    modules: dict[str, Module] = {}
+    for path, tensors in groups.items():
+        if any(required <= tensors.keys() for required in _REQUIRED[kinds[path]]):
+            modules[path] = _module(path, kinds[path], tensors, config)
+        else:
+            for role, ref in tensors.items():
+                extras[ref.name] = Extra(ref, path, "unclaimed", f"{role} without the factor it belongs to")
+    present = sorted({module.kind for module in modules.values()}) or [config.peft_type.lower()]
+    return Adapter(
+        name=name,
+        format="peft",
+        modules=modules,
+        config=AdapterConfig(config.peft_type, config.base_model, config.raw),
+        metadata=source.metadata,
+        extras=extras,
+        evidence=evidence,
+        kinds=tuple(present),
+        warnings=config.warnings + _warnings(config, source),
+        refusal=_refusal(config, modules),
+        tensors=tuple(TensorRef(source, key) for key in source.specs),
+    )
+
+
+def _module(path: str, kind: str, tensors: Mapping[str, TensorRef], config: PeftConfig) -> Module:
+    if kind == "ia3":
+        scale = tensors["scale"].shape
+        feedforward = _is_listed(path, config.feedforward_modules)
+        return Module(kind, tensors, None, None, None, scale, {"feedforward": feedforward})
+    rank, alpha, scaling = effective_scaling(config, _pattern_name(path, config))
+    if kind == "adalora":
+        return _adalora(tensors, alpha)
+    if kind == "loha":
+        return Module(kind, tensors, rank, alpha, scaling, _loha_shape(tensors))
+    if kind == "lokr":
+        return Module(kind, tensors, rank, alpha, scaling, _lokr_shape(tensors))
+    return _lora(path, dict(tensors), config, (rank, alpha, scaling))
+
+
+def _lora(
+    path: str, tensors: dict[str, TensorRef], config: PeftConfig, resolved: tuple[int, float, float]
+) -> Module:
+    rank, alpha, scaling = resolved
+    options: dict[str, Any] = {}
+    if "embedding_down" in tensors:
+        tensors["down"], tensors["up"] = tensors.pop("embedding_down"), tensors.pop("embedding_up")
+        options["embedding"] = True
+    down, up = tensors["down"].shape, tensors["up"].shape
+    stored = down[0] if down else 0
+    options |= _blocks(path, config)
+    if config.target_parameters and stored != rank and stored % rank == 0 and up[-1:] == down[:1]:
+        options["experts"] = stored // rank
+        stored = rank
+    if isinstance(config.init, str) and config.init.lower() in {"pissa", "olora"}:
+        options["init"] = config.init.lower()
+    if "diag" in tensors:
+        options["init"] = "kasa"
+    kind = "dora" if "magnitude" in tensors else "lora"
+    shape = _factored_shape(down, up, options)
+    if stored != rank:
+        options["config_rank"] = rank
+    return Module(kind, tensors, stored, alpha, scaling, shape, options)
+
+
+def _factored_shape(
+    down: tuple[int, ...], up: tuple[int, ...], options: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Shape of up @ down with block-diagonal factors expanded and a kernel's dimensions kept."""
+    out = up[0] if up else 0
+    columns = down[1] if len(down) > 1 else 0
+    return (out, columns * options.get("down_blocks", 1), *down[2:])
+
+
+def _blocks(path: str, config: PeftConfig) -> dict[str, int]:
+    """BD-LoRA: which factor is stored as the blocks of a block-diagonal matrix."""
+    if config.block_diagonal is None:
+        return {}
+    last, blocks = path.rpartition(".")[2], config.block_diagonal.get("nblocks", 1)
+    for role, names in (("down", "target_modules_bd_a"), ("up", "target_modules_bd_b")):
+        if any(pattern in last for pattern in config.block_diagonal.get(names) or ()):
+            return {f"{role}_blocks": blocks}
+    return {}
+
+
+def _adalora(tensors: Mapping[str, TensorRef], alpha: float) -> Module:
+    """AdaLoRA's scaling is alpha / (rank + 1e-5), where rank counts what pruning left; ranknum repeats it."""
+    rank = tensors["down"].shape[0]
+    strength = alpha if alpha > 0 else float(rank)
+    roles = {role: ref for role, ref in tensors.items() if role != "ranknum"}
+    shape = (tensors["up"].shape[0], *tensors["down"].shape[1:])
+    return Module("adalora", roles, rank, alpha, strength / (rank + 1e-5), shape)
+
+
+def _loha_shape(tensors: Mapping[str, TensorRef]) -> tuple[int, ...]:
+    left, right = tensors["first_a"].shape, tensors["first_b"].shape
+    if "first_core" in tensors:  # a convolution: (rank, out), (rank, in) and the kernel in the core
+        return (left[1], right[1], *tensors["first_core"].shape[2:])
+    return (left[0], right[1])
+
+
+def _lokr_shape(tensors: Mapping[str, TensorRef]) -> tuple[int, ...]:
+    def side(which: str) -> tuple[int, ...]:
+        if which in tensors:
+            return tensors[which].shape
+        left, right = tensors[f"{which}_a"].shape, tensors[f"{which}_b"].shape
+        if f"{which}_core" in tensors:
+            return (left[1], right[1], *tensors[f"{which}_core"].shape[2:])
+        return (left[0], right[1])
+
+    left, right = side("left"), side("right")
+    return (left[0] * right[0], left[1] * right[1], *right[2:])
+
+
+def _pattern_name(path: str, config: PeftConfig) -> str:
+    """What PEFT matches patterns against: the module, or module.parameter for a targeted parameter."""
+    bare = path.replace(".base_layer", "")
+    if config.target_parameters:
+        names = [p.rpartition(".") for p in config.target_parameters]
+        mine = [last for owner, _, last in names if bare == owner or bare.endswith("." + owner)]
+        if mine:
+            depth = path.count(".base_layer")
+            ordered = sorted(mine, key=_definition_order)
+            return f"{bare}.{ordered[max(len(ordered) - 1 - depth, 0)]}"
+    return bare
+
+
+def _definition_order(parameter: str) -> tuple[int, str]:
+    order = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    return (order.index(parameter) if parameter in order else len(order), parameter)
+
+
+def _is_listed(path: str, listed: tuple[str, ...] | str) -> bool:
+    if isinstance(listed, str):
+        return re.fullmatch(listed, path) is not None
+    return any(path == name or path.endswith("." + name) for name in listed)
+
+
+def _extra(ref: TensorRef, path: str, config: PeftConfig) -> Extra:
+    tokens = _TOKENS.fullmatch(path)
+    if tokens is not None:
+        owner = tokens["path"]
+        rows = next((rows for name, rows in config.token_indices.items() if _ends(owner, name)), ())
+        return Extra(ref, f"{owner}.weight", "token_rows", "replaced token rows", rows)
+    if any(part in path for part in _TRAINING_ONLY):
+        return Extra(ref, path, "training_only", "used in training only")
+    bare = (
+        path.replace(".base_layer.", ".")
+        .replace(".modules_to_save.default.", ".")
+        .replace(".modules_to_save.", ".")
+    )
+    role, reason = _role(path, bare, config)
+    return Extra(ref, bare, role, reason)
+
+
+def _role(path: str, bare: str, config: PeftConfig) -> tuple[ExtraRole, str]:
+    owner, _, last = bare.rpartition(".")
+    if split_key(path) is not None:
+        return "unclaimed", f"a {config.peft_type} adapter has no such tensor"
+    if any(_within(owner, name) for name in config.modules_to_save):
+        return "replacement", "modules_to_save"
+    if last == "bias" and config.bias in {"all", "lora_only"}:
+        return "replacement", f"bias={config.bias}"
+    if last == "weight" and path.endswith(".base_layer.weight"):
+        return "base_copy", "the base embedding beside its LoRA"
+    if last == "weight" and any(_ends(owner, name) for name in _EMBEDDINGS):
+        return "replacement", "saved embedding"
+    if last == "bias" and config.bias.endswith("_only"):
+        return "replacement", f"bias={config.bias}"
+    return "unclaimed", "no field of the configuration explains it"
+
+
+def _ends(path: str, name: str) -> bool:
+    return not name or path == name or path.endswith("." + name)
+
+
+def _within(path: str, name: str) -> bool:
+    """Whether ``name`` is this module or one it lies in."""
+    return f".{name}." in f".{path}."
+
+
+def _warnings(config: PeftConfig, source: TensorSource) -> tuple[str, ...]:
+    found = []
+    if config.peft_type not in _TYPES:
+        found.append(f"{config.peft_type} is not a LoRA: recognised, not computed with")
+    if not source.specs:
+        found.append("the file holds no tensors")
+    return tuple(found)
+
+
+_PLAIN = ("PiSSA, OLoRA, CorDA and LoRA-GA adapters become plain ones in PEFT: "
+          "save_pretrained(path_initial_model_for_weight_conversion=...)")  # fmt: skip
+
+# Initialisations that changed the base in a way that cannot be redone from the base alone.
+_LOST_BASES = {
+    "pissa_niter": "was trained against a base minus a randomised SVD, which cannot be reproduced",
+    "corda": "was trained against a base minus a data-dependent decomposition (CorDA), which is not in the file",
+    "lora_ga": "was trained against a base minus a gradient-dependent start (LoRA-GA), which is not in the file",
+    "loftq": "was trained against a re-quantised base (LoftQ), which is not the one here",
+}
+
+
+def _refusal(config: PeftConfig, modules: Mapping[str, Module]) -> tuple[str, str] | None:
+    """Why this adapter has no meaning as an update of the weights, and the way out."""
+    raw = config.raw
+    if config.peft_type in {
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "ADAPTION_PROMPT",
+        "CPT",
+    }:
+        return (
+            f"{config.peft_type} steers the model through its inputs; there is nothing to merge",
+            "keep it as an adapter and load it with PEFT",
+        )
+    if config.peft_type not in {*_TYPES, "TRAINABLE_TOKENS"}:
+        return (
+            f"{config.peft_type} adapters are not computed with by this build",
+            "PEFT's save_as_lora turns many kinds into a LoRA",
+        )
+    if isinstance(config.init, str):
+        for start, reason in _LOST_BASES.items():
+            if config.init.lower().startswith(start):
+                return reason, _PLAIN
+    if raw.get("loftq_config") and config.init == "loftq":
+        return _LOST_BASES["loftq"], _PLAIN
+    if raw.get("enable_lora"):
+        return (
+            "uses the merged-linear layout of PEFT before 0.3 (enable_lora)",
+            "its blocks must be placed by hand; conversion of it is not in this build",
+        )
+    if raw.get("alora_invocation_tokens"):
+        return "is an activated LoRA (aLoRA): it applies to some tokens only", "keep it as an adapter"
+    if raw.get("arrow_config"):
+        return (
+            "is an Arrow router over several adapters: its choice depends on the input",
+            "merge the experts it routes",
+        )
+    if raw.get("use_qalora"):
+        return (
+            "is a QALoRA: its A works on groups of inputs of a quantised base",
+            "serve it with the base it was trained on",
+        )
+    if raw.get("layer_replication"):
+        return (
+            "replicates layers (layer_replication): several copies with different deltas share one stored weight",
+            "write out the replicated base first, then merge without layer_replication",
+        )
+    grouped = next((p for p, m in modules.items() if _is_grouped(m)), None)
+    if grouped is not None:
+        return (
+            f"{grouped} adapts a grouped convolution, whose delta PEFT does not define",
+            "keep it as an adapter",
+        )
+    return None
+
+
+def _is_grouped(module: Module) -> bool:
+    if module.kind not in {"lora", "dora"} or len(module.tensors["down"].shape) < 3:
+        return False
+    return module.tensors["up"].shape[1] != module.tensors["down"].shape[0]
+
+
+def with_blockwise(adapter: Adapter) -> Adapter:
+    """The same adapter with the experts' B read expert-slowest, as unsloth packed it before 2026-09.
+
+    The shapes are the same and no marker tells the two apart, so only the user can say.
+    """
+    modules = {
+        name: replace(module, options={**module.options, "blockwise": True})
+        if "experts" in module.options
+        else module
+        for name, module in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules)

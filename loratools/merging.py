@@ -1,0 +1,345 @@
+"""From adapters bound to a base to the list of tensors a merge writes: conflicts, tied and resized embeddings decided."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratools.binding import Binding, bind
+from loratools.dtypes import compatible
+from loratools.errors import Mismatch, ShapeMismatch, UnmatchedModules, Unsupported
+from loratools.planning import Contribution, Output
+from loratools.tensors.base import TensorRef, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from loratools.adapter import Adapter
+    from loratools.dtypes import Dtype
+    from loratools.models import BaseModel, Tie
+
+__all__ = ["Conflict", "Merged", "merge_tensors"]
+
+Conflict = Literal["error", "first", "last"]
+_TIED_SCALE = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"}
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge writes, before it is laid out in files.
+
+    Attributes:
+        outputs: every tensor, by name, in the base's order; new ones at the end.
+        homes: new tensors and the base tensor whose file they join.
+        config: fields of ``config.json`` to set.
+        resized: which adapter resized the vocabulary.
+        bound: how many modules found their place.
+        unmatched: adapter keys that were allowed to go unused.
+        warnings: what a careful user should read.
+    """
+
+    outputs: Mapping[str, Output]
+    homes: Mapping[str, str | None]
+    config: Mapping[str, Any]
+    resized: Adapter | None
+    bound: int
+    unmatched: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def merge_tensors(
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    dtype: Dtype | None = None,
+    allow_unmatched: Iterable[str] = (),
+    on_conflict: Conflict = "error",
+) -> Merged:
+    """Bind every adapter and decide, for each tensor, where its values start from and what changes them.
+
+    Raises:
+        UnmatchedModules: an adapter key that nothing consumes and no pattern allows.
+        Mismatch: adapters that contradict each other or the base.
+        Unsupported: an adapter without a meaning as an update, or a weight that has none for it.
+    """
+    for adapter in adapters:
+        adapter.require_computable()
+    bindings = [bind(adapter, base) for adapter in adapters]
+    unmatched = _unmatched(adapters, bindings, tuple(allow_unmatched))
+    warnings = [f"{a.name}: bound {b.renamed}" for a, b in zip(adapters, bindings, strict=True) if b.renamed]
+    warnings += [f"{a.name}: {w}" for a in adapters for w in a.warnings]
+    sorter = _Sorter(base, adapters, bindings, weights, on_conflict)
+    tie = _Tied(base, base.tie, bindings)
+    outputs = {name: sorter.output(name, spec) for name, spec in base.source.specs.items()}
+    homes: dict[str, str | None] = {}
+    for name, home in tie.new_tensors():
+        outputs[name], homes[name] = sorter.output(name, base.source.specs[home], start=home), home
+    for name in sorter.added(set(outputs)):
+        outputs[name], homes[name] = sorter.output(name, None), None
+    resized = _resized(base, outputs, sorter)
+    if dtype is not None:
+        outputs = {name: _cast(output, dtype) for name, output in outputs.items()}
+    config = {**tie.config(), **({"vocab_size": resized[1]} if resized else {}), **_dtype_field(base, dtype)}
+    return Merged(
+        outputs=outputs,
+        homes=homes,
+        config=config if base.config else {},
+        resized=resized[0] if resized else None,
+        bound=sum(len(binding.bound) for binding in bindings),
+        unmatched=unmatched,
+        warnings=tuple(warnings + tie.warnings()),
+    )
+
+
+def _unmatched(
+    adapters: Sequence[Adapter], bindings: Sequence[Binding], allowed: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Keys nobody consumed that the user allows.
+
+    Raises:
+        UnmatchedModules: the others.
+    """
+    kept = []
+    for adapter, binding in zip(adapters, bindings, strict=True):
+        left = [
+            key for key in binding.unmatched if not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
+        ]
+        kept += [key for key in binding.unmatched if key not in left]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise UnmatchedModules(
+                f"{adapter.name}: nothing in the base answers to {left[0]}{more}",
+                tuple(left),
+                hint="--allow-unmatched GLOB merges without such keys; loratools validate --base lists them",
+            )
+    return tuple(kept)
+
+
+class _Sorter:
+    """Gathers, for each tensor, what the adapters do to it."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: Sequence[Adapter],
+        bindings: Sequence[Binding],
+        weights: Sequence[float],
+        on_conflict: Conflict,
+    ) -> None:
+        self.base = base
+        self.adapters = adapters
+        self.bindings = bindings
+        self.weights = weights
+        self.on_conflict = on_conflict
+
+    def output(self, name: str, spec: TensorSpec | None, start: str | None = None) -> Output:
+        """One tensor of the result.
+
+        Args:
+            name: what it is called.
+            spec: of the base's tensor; None for one the base does not have.
+            start: the base's tensor its values start from, if that has another name.
+        """
+        base = None if spec is None else TensorRef(self.base.source, start or name)
+        contributions, copies = [], []
+        for adapter, binding, weight in zip(self.adapters, self.bindings, self.weights, strict=True):
+            one = Contribution(
+                weight, binding.terms.get(name, ()), binding.replacements.get(name), binding.rows.get(name)
+            )
+            if one.terms or one.replacement is not None or one.rows is not None:
+                _require_weight(adapter, name, one)
+                contributions.append(one)
+            if name in binding.copies and spec is not None and binding.copies[name].shape != spec.shape:
+                copies.append(binding.copies[name])
+        contributions = self._settle(name, contributions)
+        if copies:  # trained on a resized embedding, which came along: start from that
+            base, spec = self._resized_start(name, copies, contributions)
+        replacing = next((c.replacement for c in contributions if c.replacement is not None), None)
+        if spec is None:
+            assert replacing is not None
+            return Output(name, replacing.spec, replacing)
+        if replacing is not None:
+            return self._replaced(name, spec, base, contributions, replacing)
+        return Output(name, spec, base, tuple(contributions))
+
+    def _resized_start(
+        self, name: str, copies: list[TensorRef], contributions: list[Contribution]
+    ) -> tuple[TensorRef, TensorSpec]:
+        if len(copies) > 1 or len(contributions) > 1:
+            raise Mismatch(f"{name}: several adapters change an embedding that one of them has resized")
+        spec = self.base.source.specs.get(name) or copies[0].spec
+        return copies[0], TensorSpec(spec.dtype, copies[0].shape)
+
+    def _settle(self, name: str, contributions: list[Contribution]) -> list[Contribution]:
+        """At most one adapter may replace a tensor, or the same tensor's rows, unless the user says which wins."""
+        replacing = [c for c in contributions if c.replacement is not None or c.rows is not None]
+        if len(replacing) < 2 or not _collide(replacing):
+            return contributions
+        if self.on_conflict == "error":
+            raise Mismatch(
+                f"{name}: {len(replacing)} adapters replace it, and only one can be right",
+                hint="--on-conflict first or last says which",
+            )
+        winner = replacing[0 if self.on_conflict == "first" else -1]
+        return [c for c in contributions if c is winner or (c.replacement is None and c.rows is None)]
+
+    def _replaced(
+        self,
+        name: str,
+        spec: TensorSpec,
+        base: TensorRef | None,
+        contributions: list[Contribution],
+        replacing: TensorRef,
+    ) -> Output:
+        shape = replacing.shape
+        if shape != spec.shape and not self._may_resize(spec, shape):
+            raise ShapeMismatch(name, shape, spec.shape)
+        alone = len(contributions) == 1 and contributions[0] == Contribution(1.0, replacement=replacing)
+        if alone and (replacing.spec.dtype == spec.dtype or not compatible(spec.dtype)):
+            return Output(name, replacing.spec, replacing)
+        if shape != spec.shape:
+            if not alone:
+                raise Mismatch(
+                    f"{name}: resized to {list(shape)} by one adapter and changed by another, or weighted"
+                )
+            return Output(name, TensorSpec(spec.dtype, shape), replacing)
+        return Output(name, spec, base, tuple(contributions))
+
+    def _may_resize(self, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+        """Whether this is a vocabulary that has grown or shrunk: the same but for the number of tokens."""
+        rows = spec.shape[:1]
+        known = self.base.vocabulary
+        return (
+            len(shape) == len(spec.shape)
+            and shape[1:] == spec.shape[1:]
+            and (known is None or rows == (known,))
+        )
+
+    def added(self, present: set[str]) -> list[str]:
+        """Tensors the base does not have: a new head, a bias."""
+        names: dict[str, None] = {}
+        for binding in self.bindings:
+            names |= dict.fromkeys(name for name in binding.replacements if name not in present)
+        return list(names)
+
+
+def _collide(replacing: list[Contribution]) -> bool:
+    if any(c.replacement is not None for c in replacing):
+        return True
+    seen: set[int] = set()
+    for contribution in replacing:
+        rows = set(contribution.rows.indices if contribution.rows is not None else ())
+        if seen & rows:
+            return True
+        seen |= rows
+    return False
+
+
+def _require_weight(adapter: Adapter, name: str, contribution: Contribution) -> None:
+    if contribution.weight < 0 and not contribution.is_sum:
+        kind = contribution.terms[0].module.kind if contribution.terms else "replaced tensor"
+        raise Unsupported(
+            f"{adapter.name}: {name} is not a plain sum ({kind}), so it cannot be subtracted",
+            hint="a negative weight takes away what a LoRA, LoHa, LoKr or AdaLoRA has added",
+        )
+
+
+def _resized(base: BaseModel, outputs: Mapping[str, Output], sorter: _Sorter) -> tuple[Adapter, int] | None:
+    """The adapter that resized the vocabulary, and the new number of tokens.
+
+    Raises:
+        Mismatch: the embeddings end up with different numbers of tokens.
+    """
+    changed = {
+        name: output.spec.shape[0]
+        for name, output in outputs.items()
+        if name in base.source.specs and output.spec.shape != base.source.specs[name].shape
+    }
+    if not changed:
+        return None
+    sizes = set(changed.values())
+    tie = base.tie
+    left = next(
+        (
+            n
+            for n in outputs
+            if n.endswith(("lm_head.weight", "embed_tokens.weight"))
+            and n not in changed
+            and not (tie and n == tie.head)
+        ),
+        None,
+    )
+    if len(sizes) > 1 or left is not None:
+        names = ", ".join(f"{name} {size}" for name, size in changed.items())
+        rest = f", {left} {outputs[left].spec.shape[0]}" if left else ""
+        raise Mismatch(f"the embeddings would have different numbers of tokens: {names}{rest}")
+    name, size = next(iter(changed.items()))
+    for adapter, binding in zip(sorter.adapters, sorter.bindings, strict=True):
+        if name in binding.replacements or name in binding.copies:
+            return adapter, size
+    raise AssertionError(name)
+
+
+def _cast(output: Output, dtype: Dtype) -> Output:
+    if not compatible(output.spec.dtype):
+        return output
+    return replace(output, spec=TensorSpec(dtype, output.spec.shape))
+
+
+def _dtype_field(base: BaseModel, dtype: Dtype | None) -> dict[str, str]:
+    if dtype is None or dtype.numpy is None:
+        return {}
+    field = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+    return {field: dtype.numpy}
+
+
+class _Tied:
+    """What becomes of tied embeddings: kept tied where one change serves both, else written apart."""
+
+    def __init__(self, base: BaseModel, tie: Tie | None, bindings: Sequence[Binding]) -> None:
+        self.base = base
+        self.tie = tie
+        self.apart = tie is not None and self._must_part(tie, bindings)
+
+    def _must_part(self, tie: Tie, bindings: Sequence[Binding]) -> bool:
+        embedding = [b for b in bindings if _touches(b, tie.embedding)]
+        head = [b for b in bindings if _touches(b, tie.head)]
+        if not embedding and not head:
+            return False
+        if all(b.keeps_tie and _touches(b, tie.embedding) for b in (*embedding, *head)):
+            return False  # both carry the same delta, trained as one: merged once
+        if str(self.base.config.get("model_type")) in _TIED_SCALE:
+            raise Unsupported(
+                f"{tie.embedding} and the head are one weight, and this architecture scales its output only while they are",
+                hint="an adapter on tied embeddings of this family cannot be merged; keep it as an adapter",
+            )
+        return True
+
+    def new_tensors(self) -> list[tuple[str, str]]:
+        """Tensors to be written that the base does not hold: their names, and whose values they start from."""
+        if self.tie is None or not self.apart:
+            return []
+        new = [] if self.tie.stored else [(self.tie.head, self.tie.embedding)]
+        return new + ([self.tie.bias] if self.tie.bias else [])
+
+    def config(self) -> dict[str, bool]:
+        """The configuration must say so."""
+        return {"tie_word_embeddings": False} if self.apart else {}
+
+    def warnings(self) -> list[str]:
+        """In words."""
+        if not self.apart or self.tie is None:
+            return []
+        where = (
+            "config.json says so" if self.base.config else "set tie_word_embeddings to false in its config"
+        )
+        return [
+            f"input and output embedding were one weight and now differ: {self.tie.head} is written apart, and {where}"
+        ]
+
+
+def _touches(binding: Binding, name: str) -> bool:
+    """Whether an adapter changes a tensor in a way that a tied partner would not share. Token rows are shared."""
+    return name in binding.terms or name in binding.replacements

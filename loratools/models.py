@@ -1,0 +1,288 @@
+"""A base model: its tensors, and what its ``config.json`` says that a merge must know."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratools.errors import AmbiguousFormat, CorruptFile, NotFound, UnknownFormat, Unsupported
+from loratools.tensors.memory import MemorySource
+from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint, read_index
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loratools.tensors.base import TensorSource
+
+__all__ = ["BaseModel", "Tie", "open_base", "open_weights", "quantisation_scheme", "require_unquantised"]
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_CONFIG = 16_000_000  # bytes
+
+Kind = Literal["folder", "file", "memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model, opened: headers read, no values.
+
+    Attributes:
+        path: the folder or file; None in memory.
+        kind: what it is, and so what the output of a merge is.
+        source: its tensors.
+        files: tensor names by the file that holds them, in the order of their bytes.
+        index_name: of the index beside the shards, if there is one.
+        config: ``config.json``, or empty.
+    """
+
+    path: Path | None
+    kind: Kind
+    source: TensorSource
+    files: Mapping[str, tuple[str, ...]]
+    index_name: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return str(self.path) if self.path is not None else "the state dict"
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens, as the configuration gives it."""
+        text = self.config.get("text_config")
+        for section in (self.config, text if isinstance(text, dict) else {}):
+            if isinstance(section.get("vocab_size"), int):
+                return int(section["vocab_size"])
+        return None
+
+    @property
+    def says_tied(self) -> bool | None:
+        """What the configuration says of tied embeddings; None when it says nothing."""
+        text = self.config.get("text_config")
+        for section in (self.config, text if isinstance(text, dict) else {}):
+            if isinstance(section.get("tie_word_embeddings"), bool):
+                return bool(section["tie_word_embeddings"])
+        return None
+
+    @property
+    def tie(self) -> Tie | None:
+        """The tied embeddings; None where the output embedding is a weight of its own, or there is none."""
+        return find_tie(self)
+
+    def identity(self) -> tuple[Any, ...]:
+        """What must be unchanged for an interrupted merge to go on."""
+        return self.source.identity()
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """An output embedding that is the input embedding.
+
+    Attributes:
+        embedding: the tensor on disk.
+        head: what the output embedding's weight is called.
+        stored: whether the checkpoint holds it all the same.
+        bias: a bias that is tied along with it: its name, and the tensor on disk it equals.
+    """
+
+    embedding: str
+    head: str
+    stored: bool
+    bias: tuple[str, str] | None = None
+
+
+_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "tok_embeddings",
+    "embed_in",
+    "tokens_embed",
+)
+_HEADS = {
+    "whisper": "proj_out",
+    "bert": "cls.predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "xlm-roberta": "lm_head.decoder",
+    "camembert": "lm_head.decoder",
+    "distilbert": "vocab_projector",
+    "gpt_neox": "embed_out",
+}
+_WITH_HEAD = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForImageTextToText",
+)
+
+
+def find_tie(base: BaseModel) -> Tie | None:
+    """Tell from configuration and tensors whether input and output embedding are one weight."""
+    specs = base.source.specs
+    if isinstance(base.source, MemorySource):
+        for name, first in base.source.ties.items():
+            return Tie(first, name, stored=True)
+    architectures = base.config.get("architectures") or [""]
+    if not isinstance(architectures, list) or not str(architectures[0]).endswith(_WITH_HEAD):
+        return None
+    embedding = next(
+        (
+            name
+            for name in specs
+            if name.endswith(".weight") and name.split(".")[-2:-1] and name.split(".")[-2] in _EMBEDDINGS
+        ),
+        None,
+    )
+    if embedding is None or base.says_tied is False:
+        return None
+    module = _HEADS.get(str(base.config.get("model_type")), "lm_head")
+    head = f"{module}.weight"
+    stored = head in specs
+    if stored and base.says_tied is None:
+        return None
+    outer = f"{module.rpartition('.')[0]}.bias"
+    bias = (f"{module}.bias", outer) if outer in specs and f"{module}.bias" not in specs else None
+    return Tie(embedding, head, stored, bias)
+
+
+def open_base(base: str | os.PathLike[str] | Mapping[str, Any]) -> BaseModel:
+    """Open a folder, a single safetensors file, or a state dict of numpy arrays or torch tensors.
+
+    Raises:
+        NotFound: no such path.
+        UnknownFormat: no safetensors weights there.
+        AmbiguousFormat: several weight files and no index.
+        CorruptFile: a header, an index or ``config.json`` breaks the rules.
+    """
+    if isinstance(base, (str, os.PathLike)):
+        return open_weights(Path(base))
+    source = MemorySource(base)
+    return BaseModel(None, "memory", source, {"": tuple(source.specs)})
+
+
+def open_weights(path: Path) -> BaseModel:
+    """Open the weights at a path; see :func:`open_base`."""
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise NotFound(f"{path}: no such file or folder")
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
+        raise UnknownFormat(
+            f"{path} is a pickle; a base model is read from safetensors",
+            hint="save it with save_pretrained, which writes safetensors",
+        )
+    source = SafetensorsFile(path)
+    return BaseModel(path, "file", source, {path.name: tuple(source.specs)})
+
+
+def _open_folder(path: Path) -> BaseModel:
+    config = _read_config(path / CONFIG_NAME)
+    index = _find_index(path)
+    if index is not None:
+        source = ShardedCheckpoint(path, read_index(index), index)
+        files = {name: tuple(shard.specs) for name, shard in source.shards.items()}
+        return BaseModel(path, "folder", source, files, index.name, config)
+    single = _find_single(path)
+    file = SafetensorsFile(single)
+    return BaseModel(path, "folder", file, {single.name: tuple(file.specs)}, None, config)
+
+
+def _find_index(path: Path) -> Path | None:
+    if (path / INDEX_NAME).exists():
+        return path / INDEX_NAME
+    if (path / SINGLE_NAME).exists():
+        return None
+    found = sorted(path.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        raise AmbiguousFormat(f"{path} has several indexes: {', '.join(p.name for p in found)}")
+    return found[0] if found else None
+
+
+def _find_single(path: Path) -> Path:
+    if (path / SINGLE_NAME).exists():
+        return path / SINGLE_NAME
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        others = sorted(
+            p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".gguf", ".h5", ".msgpack"}
+        )
+        hint = f"{others[0]} is not safetensors: save the model with save_pretrained" if others else None
+        raise UnknownFormat(f"{path} holds no safetensors weights", hint=hint)
+    if len(found) > 1:
+        raise AmbiguousFormat(
+            f"{path} has several weight files and no index: {', '.join(p.name for p in found[:4])}",
+            hint="name one of them, or add the index",
+        )
+    return found[0]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    if path.stat().st_size > MAX_CONFIG:
+        raise CorruptFile(path, f"{path.stat().st_size:,} bytes; {MAX_CONFIG:,} are allowed")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(path, f"is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CorruptFile(path, "is not a JSON object")
+    return config
+
+
+# A quantised weight is recognised by the tensors beside it: P and P_scale, P_blocks and P_scales, and so on. The first
+# pattern that fits names the scheme; "{}" stands for what precedes it in the tensor's name.
+_MARKS: tuple[tuple[str, re.Pattern[str], str | None], ...] = (
+    ("bitsandbytes 4-bit", re.compile(r"(.+)\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)"), None),
+    ("bitsandbytes 8-bit", re.compile(r"(.+)\.(?:SCB|weight_format)"), None),
+    ("mxfp4", re.compile(r"(.+)_blocks"), "{}_scales"),
+    ("nvfp4", re.compile(r"(.+)weight_scale_2"), None),
+    ("compressed-tensors", re.compile(r"(.+)\.weight_packed"), None),
+    ("GPTQ or AWQ", re.compile(r"(.+)\.(?:qweight|qzeros)"), None),
+    ("AQLM", re.compile(r"(.+)\.codebooks"), None),
+    ("HQQ", re.compile(r"(.+)\.W_q"), None),
+    ("quanto", re.compile(r"(.+)\.weight\._(?:data|scale)"), None),
+    ("fp8 blocks", re.compile(r"(.+)_scale_inv"), "{}"),
+    ("scaled integers or fp8", re.compile(r"(.+)_scales?"), "{}"),
+)
+
+
+def quantisation_scheme(base: BaseModel) -> str | None:
+    """By what scheme the weights are quantised, from the configuration and from the tensors; None if they are not."""
+    declared = base.config.get("quantization_config")
+    if isinstance(declared, dict) and declared:
+        return str(declared.get("quant_method") or declared.get("quant_algo") or "an unnamed scheme")
+    specs = base.source.specs
+    for scheme, pattern, companion in _MARKS:
+        for name in specs:
+            found = pattern.fullmatch(name)
+            if found and (companion is None or companion.format(found[1]) in specs):
+                return scheme
+    for name, spec in specs.items():
+        if spec.dtype.kind == "float" and spec.dtype.bits <= 8:
+            return f"{spec.dtype} weights ({name})"
+    return None
+
+
+def require_unquantised(base: BaseModel) -> None:
+    """Refuse a quantised base by the name of its scheme: adding a delta to codes would be silently wrong.
+
+    Raises:
+        Unsupported: it is quantised.
+    """
+    scheme = quantisation_scheme(base)
+    if scheme is not None:
+        raise Unsupported(
+            f"{base.name} is quantised ({scheme}); a delta cannot be added to its codes",
+            hint="merge into the original 16-bit checkpoint and quantise the result",
+        )

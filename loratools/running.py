@@ -1,0 +1,170 @@
+"""``run``: the only place where a plan becomes bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from loratools.errors import LoratoolsError
+from loratools.planning import CopyStep, WeightStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loratools.computing import Survival
+    from loratools.dtypes import Array
+    from loratools.executors.base import Executor
+    from loratools.planning import Plan, Step
+
+__all__ = ["RunResult", "Sink", "default_jobs", "one_blas_thread", "peak_memory", "run"]
+
+Measure = Literal["none", "first", "all"]
+
+
+class Sink(Protocol):
+    """Where a plan's bytes go."""
+
+    done: set[int]
+
+    def write(self, step: WeightStep, start: int, raw: Array) -> None:
+        """Rows of a weight, rounded, from row ``start``. ``raw`` is reused by the next call."""
+        ...
+
+    def copy(self, step: CopyStep) -> None:
+        """A run of bytes from the base."""
+        ...
+
+    def finish(self, index: int, step: Step) -> None:
+        """All of a step's bytes are written."""
+        ...
+
+    def publish(self) -> None:
+        """Everything is written: let it appear."""
+        ...
+
+    def abandon(self, *, keep: bool) -> None:
+        """Something failed; ``keep`` what a later run can go on from."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run did.
+
+    Attributes:
+        seconds: wall time of the steps and of publishing.
+        resumed: steps an earlier run had done already.
+        survival: by weight, where it was measured.
+    """
+
+    seconds: float
+    resumed: int
+    survival: dict[str, Survival] = field(default_factory=dict)
+
+
+def run(
+    plan: Plan,
+    sink: Sink,
+    executor: Executor,
+    *,
+    measure: Measure = "first",
+    on_step: Callable[[Step], None] | None = None,
+) -> RunResult:
+    """Compute every step into the sink, then publish.
+
+    Args:
+        plan: what to do.
+        sink: where to.
+        executor: how.
+        measure: how much of each weight to measure the survival of the change on.
+        on_step: called in this thread after each step, for progress.
+
+    Raises:
+        LoratoolsError: a step cannot be computed; nothing was published.
+    """
+    started = time.perf_counter()
+    todo = [(index, step) for index, step in enumerate(plan.steps) if index not in sink.done]
+    resumed = len(plan.steps) - len(todo)
+    seen_at: dict[int, Survival] = {}
+
+    def work(item: tuple[int, Step]) -> tuple[int, Survival | None]:
+        index, step = item
+        if isinstance(step, CopyStep):
+            sink.copy(step)
+            seen = None
+        else:
+            seen = _compute(step, sink, measure)
+        sink.finish(index, step)
+        return index, seen
+
+    try:
+        with one_blas_thread():
+            for index, seen in executor.map(work, todo):
+                if seen is not None:
+                    seen_at[index] = seen
+                if on_step is not None:
+                    on_step(plan.steps[index])
+        sink.publish()
+    except BaseException as error:
+        # What the inputs forbid will be forbidden again; what the machine did may be gone on from.
+        sink.abandon(keep=not isinstance(error, LoratoolsError) or isinstance(error, OSError))
+        raise
+    return RunResult(time.perf_counter() - started, resumed, _by_weight(plan, seen_at))
+
+
+def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:
+    from loratools.computing import Survival, blocks, round_block
+    from loratools.dtypes import widen
+
+    seen = None
+    for block in blocks(step, keep_before=measure):
+        raw = round_block(step, block)
+        sink.write(step, block.start, raw)
+        if block.before is not None:
+            seen = seen or Survival()
+            seen.add(block, widen(raw, step.spec.dtype).reshape(block.values.shape))
+    return seen
+
+
+def _by_weight(plan: Plan, seen_at: dict[int, Survival]) -> dict[str, Survival]:
+    """Sums by weight, added in the order of the steps whatever order they came in."""
+    total: dict[str, Survival] = {}
+    for index in sorted(seen_at):
+        step = plan.steps[index]
+        assert isinstance(step, WeightStep)
+        if step.name in total:
+            total[step.name].merge(seen_at[index])
+        else:
+            total[step.name] = seen_at[index]
+    return total
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """BLAS at one thread while workers run side by side: the same bytes for any number of them, and no barriers."""
+    import numpy  # noqa: F401, ICN001 - its BLAS must be loaded to be limited
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+def default_jobs() -> int:
+    """Workers to use where nothing is said: the processors this process may run on, four at most."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, 4)
+
+
+def peak_memory() -> int | None:
+    """Most memory this process has held so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

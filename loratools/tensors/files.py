@@ -1,0 +1,171 @@
+"""Positional reads, writes and kernel copies that survive short counts and platforms without them.
+
+One system call moves less than 2 GiB, and any of them may move less than asked; every function here loops. Where
+the platform has no positional I/O (Windows), each thread seeks on a descriptor of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from typing import TYPE_CHECKING
+
+from loratools.errors import CorruptFile, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["File", "copy_range", "sync_folder"]
+
+_CHUNK = 1 << 30
+_BUFFER = 1 << 20
+_POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwritev")
+_copy_file_range: Callable[[int, int, int, int, int], int] | None = getattr(os, "copy_file_range", None)
+# The kernel's answers that mean "not between these two", after which bytes go through a buffer.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+class File:
+    """A regular file read and written at offsets, from any thread. Pickles as its path."""
+
+    def __init__(self, path: str | os.PathLike[str], *, write: bool = False) -> None:
+        self.path = os.fspath(path)
+        self.write_mode = write
+        self._shared: int | None = None
+        self._local = threading.local()
+        self._opened: list[int] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[File], tuple[str], dict[str, bool]]:
+        return (File, (self.path,), {"write_mode": self.write_mode})
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def fd(self) -> int:
+        """A descriptor this thread may use: one for all where reads take an offset, else one per thread."""
+        if _POSITIONAL:
+            if self._shared is None:
+                with self._lock:
+                    if self._shared is None:
+                        self._shared = self._open()
+            return self._shared
+        if not hasattr(self._local, "fd"):
+            with self._lock:
+                self._local.fd = self._open()
+        return int(self._local.fd)
+
+    def _open(self) -> int:
+        flags = (os.O_RDWR if self.write_mode else os.O_RDONLY) | getattr(os, "O_BINARY", 0)
+        try:
+            fd = os.open(self.path, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError as error:
+            raise NotFound(f"{self.path}: no such file") from error
+        self._opened.append(fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CorruptFile(self.path, "not a regular file")
+        return fd
+
+    def close(self) -> None:
+        """Close every descriptor; the next use opens anew."""
+        opened, self._opened = self._opened, []
+        self._shared, self._local = None, threading.local()
+        for fd in opened:
+            os.close(fd)
+
+    def size(self) -> int:
+        """Bytes in the file now."""
+        return os.fstat(self.fd).st_size
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` (bytes) from ``offset``.
+
+        Raises:
+            CorruptFile: the file ends first.
+        """
+        fd, done = self.fd, 0
+        while done < len(view):
+            part = view[done : done + _CHUNK]
+            got = os.preadv(fd, [part], offset + done) if _POSITIONAL else _seek_read(fd, part, offset + done)
+            if got == 0:
+                raise CorruptFile(self.path, f"ends at byte {offset + done}; more was expected")
+            done += got
+
+    def read(self, count: int, offset: int) -> bytes:
+        """``count`` bytes from ``offset``."""
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of ``view`` (bytes) at ``offset``."""
+        fd, done = self.fd, 0
+        while done < len(view):
+            part = view[done : done + _CHUNK]
+            done += (
+                os.pwritev(fd, [part], offset + done) if _POSITIONAL else _seek_write(fd, part, offset + done)
+            )
+
+    def sync(self) -> None:
+        """Wait until the file's bytes are on the disk."""
+        getattr(os, "fdatasync", os.fsync)(self.fd)
+
+
+def _seek_read(fd: int, view: memoryview, offset: int) -> int:
+    os.lseek(fd, offset, os.SEEK_SET)
+    data = os.read(fd, min(len(view), _BUFFER))
+    view[: len(data)] = data
+    return len(data)
+
+
+def _seek_write(fd: int, view: memoryview, offset: int) -> int:
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.write(fd, view)
+
+
+def copy_range(source: File, source_offset: int, target: File, target_offset: int, count: int) -> None:
+    """Copy bytes between files, in the kernel where it can, through a small buffer where it cannot."""
+    done = _kernel_copy(source, source_offset, target, target_offset, count)
+    if done == count:
+        return
+    buffer = memoryview(bytearray(min(count - done, _BUFFER)))
+    while done < count:
+        part = buffer[: min(len(buffer), count - done)]
+        source.read_into(part, source_offset + done)
+        target.write(part, target_offset + done)
+        done += len(part)
+
+
+def _kernel_copy(source: File, source_offset: int, target: File, target_offset: int, count: int) -> int:
+    """Bytes the kernel copied before it declined; less than ``count`` is no error."""
+    done = 0
+    while _copy_file_range is not None and done < count:
+        try:
+            moved = _copy_file_range(
+                source.fd, target.fd, min(count - done, _CHUNK), source_offset + done, target_offset + done
+            )
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                break
+            raise
+        if (
+            moved == 0
+        ):  # the end of the source, or a file system that answers 0 for "cannot": reading will tell
+            break
+        done += moved
+    return done
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable; a no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,193 @@
+"""The header of a safetensors file, read as hostile input and written canonically.
+
+Layout (https://github.com/huggingface/safetensors#format): eight bytes with the length of the header, the header as
+JSON, then the tensors' bytes, which the entries must cover without holes or overlaps. The reference reader accepts
+some things that are refused here because two parsers could read them differently, or because they can only harm:
+repeated keys, names with control or bidirectional characters, shapes of absurd size, hundreds of thousands of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from loratools.dtypes import DTYPES
+from loratools.errors import CorruptFile, printable
+from loratools.tensors.base import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["MAX_HEADER", "MAX_TENSORS", "Header", "layout", "parse_header", "read_length"]
+
+MAX_HEADER = 16_000_000  # bytes; a header of 1,000 tensors has about 120,000
+MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 1 << 48
+MAX_NAME = 1_000  # characters
+ALIGNMENT = 8
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says before its values."""
+
+    specs: dict[str, TensorSpec]  # in the order of their bytes
+    offsets: dict[str, int]  # bytes from the start of the file
+    metadata: dict[str, str]
+    data_start: int
+    size: int  # of the whole file
+
+
+def read_length(path: object, start: bytes, size: int) -> int:
+    """The length of the header, from the first bytes of a file.
+
+    Args:
+        path: what to call the file in an error.
+        start: its first bytes; eight are needed, more help to say what the file is instead.
+        size: of the whole file, in bytes.
+
+    Raises:
+        CorruptFile: this cannot be a safetensors file.
+    """
+    if start.startswith(_LFS_POINTER):
+        raise CorruptFile(
+            path,
+            "is a Git LFS pointer, not the weights",
+            hint="fetch the real file: git lfs pull, or loratools pull",
+        )
+    if size < ALIGNMENT:
+        raise CorruptFile(path, f"{size} bytes cannot hold a safetensors header")
+    length = int.from_bytes(start[:8], "little")
+    if start[:1] in (b"{", b"<") and length > size:
+        kind = "JSON" if start[:1] == b"{" else "HTML or XML"
+        raise CorruptFile(
+            path, f"is {kind} text, not safetensors", hint="a failed download often saves such a page"
+        )
+    if length > size - 8:
+        raise CorruptFile(path, f"header of {length:,} bytes is longer than the file ({size:,} bytes)")
+    if length > MAX_HEADER:
+        raise CorruptFile(path, f"header of {length:,} bytes; {MAX_HEADER:,} are allowed")
+    if length < 2:
+        raise CorruptFile(path, f"header of {length} bytes cannot be JSON")
+    return length
+
+
+def parse_header(path: object, text: bytes, size: int) -> Header:
+    """Check and order the entries of a header.
+
+    Args:
+        path: what to call the file in an error.
+        text: the header's JSON, without the eight bytes before it.
+        size: of the whole file, in bytes.
+
+    Raises:
+        CorruptFile: it breaks a rule of the format, or one of this module's limits.
+    """
+
+    def fail(problem: str) -> NoReturn:
+        raise CorruptFile(path, problem)
+
+    entries = _parse_json(path, text)
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        fail("__metadata__ is not a map from strings to strings")
+    if len(entries) > MAX_TENSORS:
+        fail(f"{len(entries):,} tensors; {MAX_TENSORS:,} are allowed")
+    placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda p: p[2:])
+    data_start, position = 8 + len(text), 0
+    specs, offsets = {}, {}
+    for name, spec, begin, end in placed:
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            fail(f"{name} {what}: starts at byte {begin:,} of the data, expected {position:,}")
+        specs[name], offsets[name], position = spec, data_start + begin, end
+    if data_start + position != size:
+        fail(f"tensors take {position:,} bytes, the file has {size - data_start:,}")
+    return Header(specs, offsets, metadata, data_start, size)
+
+
+def _parse_json(path: object, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CorruptFile(path, f"{twice!r} stands twice in the header")
+        return result
+
+    def constant(name: str) -> NoReturn:
+        raise CorruptFile(path, f"{name} in the header")
+
+    if text[:1] != b"{":
+        raise CorruptFile(path, "header does not begin with '{'")
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CorruptFile):
+            raise
+        raise CorruptFile(path, f"header is not JSON: {error}") from error
+    assert isinstance(entries, dict)  # it begins with a brace
+    return entries
+
+
+def _entry(path: object, name: str, entry: object) -> tuple[str, TensorSpec, int, int]:
+    _check_name(path, name)
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptFile(path, f"{name}: entry lacks dtype, shape or data_offsets") from error
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise CorruptFile(path, f"{name}: unknown dtype {dtype_name!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+        raise CorruptFile(path, f"{name}: shape and data_offsets must be counts")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CorruptFile(path, f"{name}: {len(shape)} dimensions; {MAX_DIMENSIONS} are allowed")
+    spec = TensorSpec(DTYPES[dtype_name], tuple(shape))
+    if max(shape, default=0) > MAX_ELEMENTS or prod(n or 1 for n in shape) > MAX_ELEMENTS:
+        raise CorruptFile(path, f"{name}: shape {shape} is absurd")
+    if spec.count * spec.dtype.bits % 8:
+        raise CorruptFile(path, f"{name}: {spec.count} elements of {spec.dtype.bits} bits do not fill bytes")
+    if end - begin != spec.nbytes:
+        raise CorruptFile(
+            path,
+            f"{name}: {spec.dtype} {shape} needs {spec.nbytes:,} bytes, its offsets give {end - begin:,}",
+        )
+    return name, spec, begin, end
+
+
+def _check_name(path: object, name: str) -> None:
+    if not name:
+        raise CorruptFile(path, "a tensor has an empty name")
+    if len(name) > MAX_NAME:
+        raise CorruptFile(path, f"a tensor's name has {len(name):,} characters: {name[:60]}...")
+    if name.isascii() and name.isprintable():
+        return
+    if any(unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"} for c in name):
+        raise CorruptFile(path, f"control or bidirectional characters in the name {printable(name)}")
+
+
+def layout(
+    tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file that holds ``tensors`` in this order, and where each will lie.
+
+    Returns:
+        The eight bytes and the padded JSON; and offsets from the start of the file.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, position = {}, 0
+    for name, spec in tensors:
+        begins[name], end = position, position + spec.nbytes
+        entries[name] = {"dtype": spec.dtype.name, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}

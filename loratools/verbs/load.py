@@ -1,0 +1,46 @@
+"""``load``: an adapter as data, for Python."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from loratools.formats.opening import open_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loratools.adapter import Adapter
+
+__all__ = ["load"]
+
+
+def load(
+    ref: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+    blockwise_experts: bool = False,
+) -> Adapter:
+    """Open an adapter: headers and configuration, no values.
+
+    Args:
+        ref: a folder, a weight file, or a state dict (which needs ``config``).
+        config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
+        alpha: overrides ``lora_alpha``.
+        allow_pickle: read ``.bin`` and ``.pt`` files.
+        blockwise_experts: read the B of fused experts as expert-slowest (unsloth before 2026-09).
+
+    Returns:
+        Its modules by name, with rank, alpha, scaling and shape, and every tensor that is not part of one.
+
+    Raises:
+        NotFound: no such file, or a folder without adapter weights.
+        CorruptFile: a file breaks the rules of its format.
+        BadConfig: a field of the configuration cannot be.
+        Unsupported: a pickle, without leave to read it.
+    """
+    return open_adapter(
+        ref, config=config, alpha=alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
+    )

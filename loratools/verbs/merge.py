@@ -1,0 +1,388 @@
+"""``merge``: adapters into a base, streamed, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.arrays import check_device
+from loratools.checkpoints import edit_config, index_file, shard_names, small_files
+from loratools.dtypes import dtype as named_dtype
+from loratools.errors import OutputExists, Unsupported, UnknownFormat
+from loratools.executors.base import make_executor
+from loratools.formats.opening import open_adapter
+from loratools.merging import Conflict, Merged, merge_tensors
+from loratools.models import open_base, require_unquantised
+from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
+from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, made_by_loratools, record
+from loratools.refs import local_path
+from loratools.running import default_jobs, peak_memory, run
+from loratools.sinks import FileSink, MemorySink, recover
+from loratools.tensors.memory import is_torch
+from loratools.verbs.reports import MergeReport, SurvivalSummary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from loratools.adapter import Adapter
+    from loratools.models import BaseModel
+    from loratools.planning import Step
+    from loratools.running import RunResult
+
+__all__ = ["MergePlan", "merge", "plan_merge"]
+
+Ref = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """A merge that has not happened yet.
+
+    Attributes:
+        base: the base model, opened.
+        adapters: the adapters, opened.
+        weights: what each is multiplied by.
+        merged: what becomes of every tensor.
+        plan: files and steps.
+        left_out: files of the base that are not carried along.
+        output: where the result goes; None for memory.
+    """
+
+    base: BaseModel
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    merged: Merged
+    plan: Plan
+    left_out: tuple[str, ...]
+    output: Path | None
+
+    def to_dict(self, jobs: int = 1) -> dict[str, Any]:
+        """The plan in numbers, as ``--dry-run`` prints it."""
+        outputs = self.merged.outputs.values()
+        return {
+            "schema": "loratools.merge/1",
+            "dry_run": True,
+            "output": None if self.output is None else str(self.output),
+            "tensors": _counts(self.merged, self.base),
+            "modules": {"bound": self.merged.bound, "unmatched": list(self.merged.unmatched)},
+            "reads": [self.base.name, *(adapter.name for adapter in self.adapters)],
+            "bytes_read": sum(o.base.spec.nbytes for o in outputs if o.base is not None),
+            **describe(self.plan, jobs),
+            "left_out": list(self.left_out),
+            "warnings": list(self.merged.warnings),
+        }
+
+
+def plan_merge(
+    base: Ref | Mapping[str, Any],
+    adapters: Ref | Adapter | Sequence[Ref | Adapter],
+    out: Ref | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    allow_unmatched: Iterable[str] = (),
+    on_conflict: Conflict = "error",
+    allow_pickle: bool = False,
+    blockwise_experts: bool = False,
+    force: bool = False,
+) -> MergePlan:
+    """Decide everything about a merge from headers alone. Arguments and errors are those of :func:`merge`."""
+    opened = _open_adapters(adapters, allow_pickle=allow_pickle, blockwise=blockwise_experts)
+    factors = _weights(weights, len(opened))
+    model = open_base(base if not isinstance(base, (str, os.PathLike)) else local_path(base))
+    _require_base(model)
+    output = None if out is None else Path(out)
+    if output is not None:
+        _require_output(output, model, [Path(a.name) for a in opened], force=force)
+    wanted = None if dtype is None else named_dtype(dtype)
+    merged = merge_tensors(
+        model, opened, factors, dtype=wanted, allow_unmatched=allow_unmatched, on_conflict=on_conflict
+    )
+    provenance = _provenance(model, opened, factors, dtype)
+    plan, left_out = _lay_out(model, merged, provenance, shard_size, in_memory=output is None)
+    return MergePlan(model, opened, factors, merged, plan, left_out, output)
+
+
+def merge(
+    base: Ref | Mapping[str, Any],
+    adapters: Ref | Adapter | Sequence[Ref | Adapter],
+    out: Ref | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    verify: bool = False,
+    resume: bool = False,
+    sync: bool = True,
+    allow_unmatched: Iterable[str] = (),
+    on_conflict: Conflict = "error",
+    allow_pickle: bool = False,
+    blockwise_experts: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    executor: str = "threads",
+    device: str = "cpu",
+    max_memory: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> MergeReport:
+    """Merge adapters into a base: W + Σ wᵢ (Uᵢ(W) - W), each update against the original base, rounded once.
+
+    Args:
+        base: a folder (single or sharded), a safetensors file, or a state dict of numpy arrays or torch tensors.
+        adapters: one or several: PEFT folders or files, or what :func:`loratools.load` returned.
+        out: a folder or file that does not exist yet, of the base's kind; None merges in memory.
+        weights: what each adapter is multiplied by; 1 where nothing is given.
+        dtype: of the floats written (``"bf16"``); by default each tensor keeps its own.
+        shard_size: bytes a file may have; by default the base's files keep their shares.
+        verify: read everything back and compare it with the arithmetic.
+        resume: go on from the ``.part`` an interrupted run left.
+        sync: wait for the disk.
+        allow_unmatched: globs of adapter keys that may go unused.
+        on_conflict: which adapter wins where two replace the same tensor.
+        allow_pickle: read ``.bin`` adapters.
+        blockwise_experts: the experts' B is packed expert-slowest.
+        force: replace an output that loratools made.
+        jobs: workers; by default the processors at hand, four at most.
+        executor: ``"threads"`` or ``"inline"``.
+        device: ``"cpu"``.
+        max_memory: bytes the plan may need.
+        on_step: called after each step, for progress.
+
+    Returns:
+        What was done. With ``out=None`` its ``state_dict`` holds the result.
+
+    Raises:
+        InputError: an input cannot be read.
+        Mismatch: the adapter does not fit the base.
+        Unsupported: a quantised base, or an adapter with no meaning as an update of weights.
+        NonFinite: a value overflowed the output's type.
+        OverBudget: more memory is needed than ``max_memory``; nothing has been read.
+        OutputExists: ``out`` exists, or overlaps an input.
+        Incomplete: the disk is full; the ``.part`` stays for ``resume``.
+    """
+    check_device(device)
+    workers = make_executor(executor, default_jobs() if jobs is None else jobs)
+    planned = plan_merge(
+        base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, allow_unmatched=allow_unmatched,
+        on_conflict=on_conflict, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, force=force,
+    )  # fmt: skip
+    planned.plan.require_memory(max_memory, workers.jobs)
+    sink: FileSink | MemorySink
+    if planned.output is None:
+        torch_out = not isinstance(base, (str, os.PathLike)) and any(is_torch(v) for v in base.values())
+        sink = MemorySink(planned.plan, torch_out=torch_out)
+    else:
+        sink = FileSink(planned.plan, planned.output, resume=resume, sync=sync, replace=force)
+    result = run(planned.plan, sink, workers, measure="all" if verify else "first", on_step=on_step)
+    tensors = _tied_together(planned, sink.tensors) if isinstance(sink, MemorySink) else None
+    verified = None
+    if verify and planned.output is not None:
+        from loratools.verbs.verify import verify_merge
+
+        verified = verify_merge(planned, planned.output, workers).ok
+    return _report(planned, result, verified, tensors)
+
+
+def _open_adapters(
+    adapters: Ref | Adapter | Sequence[Ref | Adapter], *, allow_pickle: bool, blockwise: bool
+) -> tuple[Adapter, ...]:
+    several = (
+        [adapters] if isinstance(adapters, (str, os.PathLike)) or hasattr(adapters, "modules") else adapters
+    )
+    return tuple(
+        open_adapter(one, allow_pickle=allow_pickle, blockwise_experts=blockwise)
+        if isinstance(one, (str, os.PathLike))
+        else one
+        for one in several  # type: ignore[union-attr]
+    )
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None or not len(weights):
+        return (1.0,) * count
+    if len(weights) != count:
+        raise Unsupported(
+            f"{len(weights)} weights for {count} adapters", hint="give -w once for each, in their order"
+        )
+    return tuple(float(weight) for weight in weights)
+
+
+def _require_base(model: BaseModel) -> None:
+    if model.path is not None and (model.path / "adapter_config.json").exists() and not model.config:
+        raise UnknownFormat(
+            f"{model.name} is an adapter, not a base model",
+            hint="the base comes first: merge BASE ADAPTER OUT",
+        )
+    require_unquantised(model)
+
+
+def _require_output(output: Path, base: BaseModel, adapters: list[Path], *, force: bool) -> None:
+    """Refuse an output that would touch an input, or something loratools did not make."""
+    recover(output)
+    target = output.absolute().resolve()
+    for path in [base.path, *adapters]:
+        if path is None:
+            continue
+        for given in {path.absolute(), path.resolve()}:
+            if target == given or given in target.parents or target in given.parents:
+                raise OutputExists(
+                    f"the output {output} and the input {path} overlap",
+                    hint="give the result a place of its own",
+                )
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not force:
+        raise OutputExists(f"{output} exists", hint="--force replaces it, if loratools made it")
+    if not made_by_loratools(output):
+        raise OutputExists(
+            f"{output} exists and was not made by loratools", hint="remove it by hand if it may go"
+        )
+
+
+def _provenance(
+    base: BaseModel, adapters: Sequence[Adapter], weights: Sequence[float], dtype: str | None
+) -> dict[str, Any]:
+    from loratools import __version__
+
+    inputs = [identify("base", base.path, base.source)]
+    for adapter in adapters:
+        path = Path(adapter.name) if adapter.tensors and Path(adapter.name).exists() else None
+        source = adapter.tensors[0].source if adapter.tensors else base.source
+        inputs.append(identify("adapter", path, source))
+    return record("merge", __version__, {"weights": list(weights), "dtype": dtype}, inputs)
+
+
+def _lay_out(
+    base: BaseModel, merged: Merged, provenance: dict[str, Any], shard_size: int | None, *, in_memory: bool
+) -> tuple[Plan, tuple[str, ...]]:
+    if shard_size is not None and base.kind != "folder":
+        raise Unsupported("--shard-size is for folders; the base is a single file")
+    outputs = _into_files(base, merged) if shard_size is None else _into_shards(merged, shard_size)
+    metadata = {name: _metadata(base, name) for name in outputs}
+    text = json.dumps(provenance, indent=2) + "\n"
+    small: list[SmallFile] = []
+    left_out: tuple[str, ...] = ()
+    if base.kind == "file" and not in_memory:
+        metadata = {name: {**found, METADATA_KEY: text} for name, found in metadata.items()}
+    files, steps = plan_steps(outputs, metadata)
+    if base.kind == "folder" and not in_memory:
+        config = edit_config(base.config, merged.config) if merged.config else base.config
+        resizer = Path(merged.resized.name) if merged.resized is not None else None
+        folder = None if resizer is None else resizer if resizer.is_dir() else resizer.parent
+        beside = small_files(base, config, folder)
+        small, left_out = [*beside.files, SmallFile(RECORD_NAME, content=text.encode())], beside.left_out
+        if len(outputs) > 1 or base.index_name is not None:
+            weight_map = {output.name: file for file, listed in outputs.items() for output in listed}
+            specs = {name: output.spec for name, output in merged.outputs.items()}
+            index_name = base.index_name or "model.safetensors.index.json"
+            if len(outputs) > 1 or shard_size is None:
+                small.append(index_file(index_name, files, weight_map, specs))
+    kind = "memory" if in_memory else base.kind
+    identity = (base.identity(), *(a.tensors[0].source.identity() for a in merged_sources(merged)))
+    return Plan(kind, files, steps, tuple(small), (*identity, text)), left_out
+
+
+def merged_sources(merged: Merged) -> list[Adapter]:
+    """The adapters whose files a resumed run must find unchanged."""
+    return [merged.resized] if merged.resized is not None and merged.resized.tensors else []
+
+
+def _metadata(base: BaseModel, file: str) -> Mapping[str, str]:
+    shards = getattr(base.source, "shards", None)
+    if shards is not None and file in shards:
+        found: Mapping[str, str] = shards[file].metadata
+        return found
+    return base.source.metadata
+
+
+def _into_files(base: BaseModel, merged: Merged) -> dict[str, list[Output]]:
+    """Every tensor in the file the base has it in; new ones join the file of their kin, or the last."""
+    placed = {file: [merged.outputs[name] for name in names] for file, names in base.files.items()}
+    home_of = {name: file for file, names in base.files.items() for name in names}
+    last = next(reversed(placed))
+    for name, home in merged.homes.items():
+        placed[home_of[home] if home is not None else last].append(merged.outputs[name])
+    return placed
+
+
+def _into_shards(merged: Merged, shard_size: int) -> dict[str, list[Output]]:
+    shards: list[list[Output]] = [[]]
+    filled = 0
+    for output in merged.outputs.values():
+        if shards[-1] and filled + output.spec.nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(output)
+        filled += output.spec.nbytes
+    return dict(zip(shard_names(len(shards)), shards, strict=True))
+
+
+def _tied_together(planned: MergePlan, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Names that shared a storage share one again, unless the merge has told them apart."""
+    ties = getattr(planned.base.source, "ties", {})
+    apart = planned.merged.config.get("tie_word_embeddings") is False
+    for name, first in ties.items():
+        changed = bool(planned.merged.outputs[name].contributions) or bool(
+            planned.merged.outputs[first].contributions
+        )
+        if not changed or not apart:
+            tensors[name] = tensors[first]
+    return tensors
+
+
+def _counts(merged: Merged, base: BaseModel) -> dict[str, int]:
+    outputs = merged.outputs.values()
+    added = sum(o.name not in base.source.specs for o in outputs)
+    copied = sum(o.is_copy and o.name in base.source.specs and _is_own(o) for o in outputs)
+    return {"total": len(outputs), "changed": len(outputs) - copied - added, "copied": copied, "added": added}
+
+
+def _is_own(output: Output) -> bool:
+    return output.base is not None and output.base.name == output.name
+
+
+def _report(
+    planned: MergePlan, result: RunResult, verified: bool | None, tensors: dict[str, Any] | None
+) -> MergeReport:
+    shares = {name: seen.share for name, seen in result.survival.items()}
+    known = {name: share for name, share in shares.items() if share is not None}
+    total = _sum_survival(result)
+    worst = min(known, key=known.__getitem__) if known else None
+    summary = SurvivalSummary(
+        mean=sum(known.values()) / len(known) if known else None,
+        min=known[worst] if worst is not None else None,
+        worst_module=worst,
+        cosine=total.cosine,
+        unchanged=total.unchanged / total.count if total.count else None,
+    )
+    merged = planned.merged
+    adapters_bytes = sum(ref.spec.nbytes for adapter in planned.adapters for ref in adapter.tensors)
+    base_bytes = sum(o.base.spec.nbytes for o in merged.outputs.values() if o.base is not None)
+    return MergeReport(
+        output=None if planned.output is None else str(planned.output),
+        tensors=_counts(merged, planned.base),
+        modules={"bound": merged.bound, "unmatched": list(merged.unmatched)},
+        bytes_read=base_bytes + adapters_bytes,
+        bytes_written=planned.plan.bytes_written,
+        seconds=result.seconds,
+        peak_memory=peak_memory(),
+        survival=summary,
+        resumed=result.resumed,
+        left_out=planned.left_out,
+        warnings=merged.warnings,
+        verified=verified,
+        state_dict=tensors,
+    )
+
+
+def _sum_survival(result: RunResult) -> Any:
+    from loratools.computing import Survival
+
+    total = Survival()
+    for seen in result.survival.values():
+        total.merge(seen)
+    return total

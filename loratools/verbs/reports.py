@@ -1,0 +1,231 @@
+"""What the verbs return: frozen data that can say itself as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+__all__ = [
+    "ExtraInfo", "Finding", "InspectReport", "MergeReport", "ModuleInfo", "Range", "Report", "SurvivalSummary",
+    "TensorVerdict", "ValidationReport", "VerificationReport", "plain",
+]  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Data as JSON can hold it: dataclasses as objects, numbers that are not finite as null.
+
+    >>> plain({"a": float("nan"), "b": (1, 2)})
+    {'a': None, 'b': [1, 2]}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.metadata.get("json", True)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The root of all reports."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it, with its schema."""
+        verb = type(self).__name__.removesuffix("Report").lower()
+        verb = {"inspection": "inspect", "validation": "validate", "verification": "verify"}.get(verb, verb)
+        return {"schema": f"loratools.{verb}/1", **plain(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing ``validate`` noticed."""
+
+    code: str
+    severity: str  # error, warning or info
+    where: str
+    message: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReport(Report):
+    """What ``validate`` found.
+
+    Attributes:
+        ok: no finding counts as an error.
+        findings: all of them.
+        modules: the names of the modules looked at.
+        engines: what each engine asked about would do; empty in this build.
+    """
+
+    path: str
+    ok: bool
+    findings: tuple[Finding, ...]
+    modules: tuple[str, ...]
+    engines: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SurvivalSummary:
+    """How much of the change is left after rounding to the output's dtype.
+
+    Attributes:
+        mean: over the weights, of ⟨actual, intended⟩ / ‖intended‖²; 1 where all survives.
+        min: the least of them.
+        worst_module: whose it is.
+        cosine: between actual and intended change, over all entries seen.
+        unchanged: share of the entries seen that rounding put back where they were.
+    """
+
+    mean: float | None
+    min: float | None
+    worst_module: str | None
+    cosine: float | None
+    unchanged: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport(Report):
+    """What ``merge`` did.
+
+    Attributes:
+        output: where to; None in memory.
+        tensors: ``total``, ``changed``, ``copied``, ``added``.
+        modules: ``bound`` (a count) and ``unmatched`` (keys allowed to go unused).
+        bytes_read: of the base and the adapters.
+        bytes_written: of weights, with headers.
+        seconds: wall time.
+        peak_memory: of the whole process so far, in bytes; None where the system does not say.
+        survival: what rounding left of the change.
+        resumed: steps an interrupted run had done already.
+        left_out: files of the base that would have carried the unmerged model along.
+        warnings: what a careful user should read.
+        verified: whether ``--verify`` found every tensor right; None where it was not asked.
+        state_dict: the merged tensors, where no output was given.
+    """
+
+    output: str | None
+    tensors: dict[str, int]
+    modules: dict[str, Any]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int | None
+    survival: SurvivalSummary
+    resumed: int = 0
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    verified: bool | None = None
+    state_dict: dict[str, Any] | None = field(default=None, repr=False, metadata={"json": False})
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Least and greatest of a quantity over the modules; None where no module has it."""
+
+    min: float | None
+    max: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One module, as the header describes it.
+
+    Attributes:
+        name: by which the file calls it.
+        kind: ``lora``, ``dora``, ``adalora``, ``ia3``, ``loha``, ``lokr``.
+        rank: of the delta as stored; None where the kind has none.
+        alpha: as the configuration gives it.
+        scaling: multiplies the delta; None where nothing in the files says it.
+        shape: of the delta: out, in, and a kernel's dimensions behind them.
+        parameters: stored values.
+        dtype: of the stored values, joined with "+" where they differ.
+        experts: how many experts the module packs; 1 for an ordinary one.
+    """
+
+    name: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    shape: tuple[int, ...]
+    parameters: int
+    dtype: str
+    experts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraInfo:
+    """A tensor that no module claims."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport(Report):
+    """What the headers of an adapter say."""
+
+    path: str
+    format: str
+    evidence: str
+    kinds: tuple[str, ...]
+    base_model: str | None
+    rank: Range
+    alpha: Range
+    scaling: Range
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]  # tensors of each type
+    modules: tuple[ModuleInfo, ...]
+    extras: tuple[ExtraInfo, ...]
+    metadata: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorVerdict:
+    """What ``verify`` says of one tensor (of one expert's matrix, inside a tensor of many).
+
+    Attributes:
+        name: of the tensor; ``name[3]`` for its fourth expert.
+        verdict: ``exact``, ``rounding`` (each value within one rounding), ``wrong_scale``, ``unmerged``,
+            ``different``, ``missing``, ``unexpected`` or ``shape``.
+        differing: share of the values that differ from the arithmetic rounded once.
+        relative: ‖found - expected‖ / ‖expected‖, both in float32.
+        scale: by how much the change is multiplied, for ``wrong_scale``.
+    """
+
+    name: str
+    verdict: str
+    differing: float | None = None
+    relative: float | None = None
+    scale: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether this is what the merge should have given."""
+        return self.verdict in {"exact", "rounding"}
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationReport(Report):
+    """What ``verify`` found.
+
+    Attributes:
+        ok: every tensor is exact or within one rounding, none is missing, none unexpected.
+        summary: how many tensors got each verdict.
+        modules: the verdicts, worst first.
+    """
+
+    merged: str
+    ok: bool
+    summary: dict[str, int]
+    modules: tuple[TensorVerdict, ...]
+    seconds: float
