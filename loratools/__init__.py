@@ -31,7 +31,11 @@ _PUBLIC = {
     "verify": "loratools.verbs.verify",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - strings, every one
+# Spelled out, because type checkers take a name as public only where they can read it.
+__all__ = [
+    "Adapter", "Finding", "InspectReport", "LoratoolsError", "MergePlan", "MergeReport", "Module",
+    "ValidationReport", "VerificationReport", "__version__", "inspect", "load", "merge", "plan_merge", "validate", "verify",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter, Module

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "AdapterConfig", "Extra", "ExtraRole", "Module", "Part", "flat_shape", "require_shape"]
 
 Part = Literal["weight", "bias"]
+# The reason of a "replacement" that PEFT saves beside an adapter without its having been trained.
+SAVED_EMBEDDING = "saved embedding"
 ExtraRole = Literal["replacement", "base_copy", "token_rows", "training_only", "unclaimed"]
 
 
@@ -182,7 +184,7 @@ def _load_expert(module: Module, index: int, double: bool) -> Delta:
         module.array("up", double),
         module.array("down", double),
         index,
-        module.options["experts"],
+        module.options.get("experts", 1),
         blockwise=module.options.get("blockwise", False),
     )
     return LowRank(up, down, module.scaling or 0.0)
@@ -205,7 +207,7 @@ def _ia3(module: Module, double: bool) -> Update:
     from loratools.deltas.scaled import Scaled
 
     factors = module.array("scale", double).reshape(-1)
-    return Scaled(factors, module.options["feedforward"], (module.shape[0], prod(module.shape[1:])))
+    return Scaled(factors, module.options["feedforward"], (factors.size, factors.size))
 
 
 def _loha(module: Module, double: bool) -> Update:
@@ -247,7 +249,8 @@ def _lokr(module: Module, double: bool) -> Update:
 def _lora_bias(module: Module, double: bool) -> Update:
     from loratools.deltas.full import Dense
 
-    return Dense(module.array("up_bias", double).reshape(-1, 1), module.scaling or 0.0)
+    scaling = (module.scaling or 0.0) / module.options.get("times", 1)
+    return Dense(module.array("up_bias", double).reshape(-1, 1), scaling)
 
 
 def _ia3_bias(module: Module, double: bool) -> Update:

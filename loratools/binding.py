@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from loratools.adapter import Module, Part, flat_shape, require_shape
+from loratools.adapter import SAVED_EMBEDDING, Module, Part, flat_shape, require_shape
 from loratools.deltas.base import Span
 from loratools.errors import Mismatch, ShapeMismatch, UnmatchedModules
 from loratools.naming import DIALECTS, EXPERT_PARTS, FUSED_EXPERTS, Dialect, spell
@@ -74,6 +75,7 @@ class Binding:
         replacements: tensors whose values come from the adapter, by the name they get.
         rows: token rows to replace.
         copies: saved base embeddings, by the name of the embedding.
+        saved: replacements that were saved along rather than trained: the base's own embeddings, resized perhaps.
         bound: modules of the adapter that found their place.
         unmatched: keys of the adapter that nothing in the base answers to.
         ignored: keys that a merge leaves aside, with the reason.
@@ -84,6 +86,7 @@ class Binding:
     replacements: Mapping[str, TensorRef]
     rows: Mapping[str, Extra]
     copies: Mapping[str, TensorRef]
+    saved: frozenset[str]
     bound: tuple[str, ...]
     unmatched: tuple[str, ...]
     ignored: Mapping[str, str] = field(default_factory=dict)
@@ -109,15 +112,20 @@ class _Base:
         self.disk = spell(self.specs, dialect)
 
     @cached_property
-    def modules(self) -> set[str]:
-        """Every module path: each proper prefix of a tensor's name."""
-        found = set()
-        for name in self.disk:
+    def first(self) -> dict[str, str]:
+        """The first tensor on disk within each module, by the module's path."""
+        found: dict[str, str] = {}
+        for name in sorted(self.disk, key=self.disk.__getitem__):
             path = name.rpartition(".")[0]
             while path and path not in found:
-                found.add(path)
+                found[path] = self.disk[name]
                 path = path.rpartition(".")[0]
         return found
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Every module path: each proper prefix of a tensor's name."""
+        return frozenset(self.first)
 
     @cached_property
     def prefixes(self) -> list[str]:
@@ -175,8 +183,16 @@ class _Spelling:
         return ", ".join(changes)
 
 
-def bind(adapter: Adapter, base: BaseModel) -> Binding:
+def bind(
+    adapter: Adapter, base: BaseModel, faults: list[tuple[str, Mismatch]] | None = None
+) -> Binding:
     """Find the place of every module and extra of an adapter in a base; reads no values.
+
+    Args:
+        adapter: whose modules.
+        base: where they belong.
+        faults: collects what does not fit, by the name of the module or tensor, which then stays unbound; by default
+            the first fault is raised.
 
     Raises:
         UnmatchedModules: no module found a place; or two spellings fit equally well.
@@ -189,24 +205,37 @@ def bind(adapter: Adapter, base: BaseModel) -> Binding:
     spelling = _choose(adapter, base, paths)
     binder = _Binder(adapter, spelling)
     for name, module in adapter.modules.items():
-        binder.module(name, module)
-    if adapter.modules and not binder.bound:
+        with _collected(name, faults):
+            binder.module(name, module)
+    if adapter.modules and not binder.bound and not faults:
         raise _nothing_bound(adapter, base, paths)
     for key, extra in adapter.extras.items():
-        binder.extra(key, extra)
-    if not binder.bound and not binder.replacements and not binder.rows:
+        with _collected(key, faults):
+            binder.extra(key, extra)
+    if not binder.bound and not binder.replacements and not binder.rows and not faults:
         raise _nothing_bound(adapter, base, paths)
     return Binding(
         terms={weight: tuple(terms) for weight, terms in binder.terms.items()},
         replacements=binder.replacements,
         rows=binder.rows,
         copies=binder.copies,
+        saved=frozenset(binder.saved),
         bound=tuple(binder.bound),
         unmatched=tuple(binder.unmatched),
         ignored=binder.ignored,
         keeps_tie=bool(adapter.config.raw.get("ensure_weight_tying")),
         renamed=spelling.words,
     )
+
+
+@contextmanager
+def _collected(name: str, faults: list[tuple[str, Mismatch]] | None) -> Iterator[None]:
+    try:
+        yield
+    except Mismatch as error:
+        if faults is None:
+            raise
+        faults.append((name, error))
 
 
 def _clean(name: str) -> str:
@@ -216,19 +245,23 @@ def _clean(name: str) -> str:
 
 def _choose(adapter: Adapter, base: BaseModel, paths: list[str]) -> _Spelling:
     plain = _Spelling(_Base(base, DIALECTS[0]))
+    paths = list(dict.fromkeys(paths))
     best = sum(map(plain.base.holds, paths))
     if best == len(paths):
         return plain
     found = [plain] if best else []
     for spelling in _spellings(base, paths):
-        count = sum(spelling.base.holds(spelling(path)) for path in paths)
+        # Distinct places: a spelling that puts the encoder's modules on top of the decoder's explains only half.
+        count = len({there for path in paths if spelling.base.holds(there := spelling(path))})
         if count > best:
             best, found = count, [spelling]
         elif count == best and best:
             found.append(spelling)
     if not found:
         return plain
-    return _single(adapter, found, paths)
+    # A name that fits as it is, but for what stands before it, is not looked for elsewhere under half of itself.
+    least = min(spelling.stripped for spelling in found)
+    return _single(adapter, [spelling for spelling in found if spelling.stripped == least], paths)
 
 
 def _spellings(base: BaseModel, paths: list[str]) -> Iterator[_Spelling]:
@@ -253,7 +286,7 @@ def _single(adapter: Adapter, found: list[_Spelling], paths: list[str]) -> _Spel
     meanings: dict[tuple[str, ...], _Spelling] = {}
     for spelling in found:
         meant = tuple(spelling(p) if spelling.base.holds(spelling(p)) else "" for p in paths)
-        resolved = tuple(_disk_prefix(spelling.base, m) for m in meant)
+        resolved = tuple(_place(spelling.base, m) for m in meant)
         meanings.setdefault(resolved, spelling)
     candidates = list(meanings.values())
     if len(candidates) > 1 and not (candidates[0].stripped == 0 and not candidates[0].prefix):
@@ -266,11 +299,12 @@ def _single(adapter: Adapter, found: list[_Spelling], paths: list[str]) -> _Spel
     return candidates[0]
 
 
-def _disk_prefix(base: _Base, path: str) -> str:
+def _place(base: _Base, path: str) -> str:
+    """A tensor on disk that stands for a module, however its experts are packed."""
     for tail in (".weight", "", ".in_proj_weight"):
         if path + tail in base.disk:
             return base.disk[path + tail]
-    return path
+    return base.first.get(path, path)
 
 
 def _nothing_bound(adapter: Adapter, base: BaseModel, paths: list[str]) -> UnmatchedModules:
@@ -296,6 +330,12 @@ class _Binder:
         self.replacements: dict[str, TensorRef] = {}
         self.rows: dict[str, Extra] = {}
         self.copies: dict[str, TensorRef] = {}
+        self.saved: set[str] = set()
+        self.resized = {
+            self._memory(extra): extra.tensor.shape
+            for extra in adapter.extras.values()
+            if extra.role == "base_copy"
+        }
         self.bound: list[str] = []
         self.unmatched: list[str] = []
         self.ignored: dict[str, str] = {}
@@ -345,8 +385,13 @@ class _Binder:
         else:
             yield from self._parameter(name, path, module)
 
+    def _shape(self, memory: str) -> tuple[int, ...]:
+        """Of a weight as the adapter saw it: with the vocabulary it brings along, where that was resized."""
+        shape, resized = self.base.shape(memory), self.resized.get(memory, ())
+        return resized if len(resized) == len(shape) and resized[1:] == shape[1:] else shape
+
     def _whole(self, name: str, weight: str, module: Module) -> Target:
-        shape, disk = self.base.shape(weight), self.base.disk[weight]
+        shape, disk = self._shape(weight), self.base.disk[weight]
         if module.options.get("embedding"):
             require_shape(name, module.shape[::-1], shape)
             return Target(disk, transposed=True)
@@ -367,11 +412,11 @@ class _Binder:
         """IA3 scales output features, or input features of a feed-forward; its vector is stored as (out, 1) or (1, in)."""
         shape = self.base.shape(weight)
         last = weight.removesuffix(".weight").rpartition(".")[2]
-        transposed = last in self.base.transposed_names
-        natural = shape[::-1] if transposed and len(shape) == 2 else shape
-        wanted = natural[1] if module.options["feedforward"] else natural[0]
-        if prod(module.shape) != wanted:
+        along = 1 if module.options["feedforward"] else 0
+        fits = [prod(module.shape) == shape[along], prod(module.shape) == shape[1 - along] and len(shape) == 2]
+        if not any(fits):
             raise ShapeMismatch(name, module.shape, shape)
+        transposed = last in self.base.transposed_names if all(fits) else fits[1]
         return Target(self.base.disk[weight], transposed=transposed)
 
     def _parameter(self, name: str, path: str, module: Module) -> Iterator[Target]:
@@ -468,14 +513,14 @@ class _Binder:
         """One expert's matrix in a checkpoint that keeps experts apart, from a module that packs them."""
         if memory not in self.base.disk:
             raise Mismatch(
-                f"{self.adapter.name}: {name} adapts {module.options['experts']} experts, {memory} is missing"
+                f"{self.adapter.name}: {name} adapts {module.options.get('experts', 1)} experts, {memory} is missing"
             )
         shape, disk = self.base.shape(memory), self.base.disk[memory]
         together = (
             shape[0] * (1 if half is None else 2),
             shape[1],
         )  # of the parameter the module was trained on
-        if self._stored_transposed(name, (module.options["experts"], *together), module, fused=False):
+        if self._stored_transposed(name, (module.options.get("experts", 1), *together), module, fused=False):
             return Target(
                 disk, transposed=True, delta_index=index, delta_cols=self._halves(half, together[0])
             )
@@ -499,9 +544,12 @@ class _Binder:
         else:
             yield Target(disk, index=index, rows=span)
 
-    def extra(self, key: str, extra: Extra) -> None:
+    def _memory(self, extra: Extra) -> str:
         owner, _, last = extra.target.rpartition(".")
-        memory = f"{self.spelling(owner)}.{last}" if owner else last
+        return f"{self.spelling(owner)}.{last}" if owner else last
+
+    def extra(self, key: str, extra: Extra) -> None:
+        memory = self._memory(extra)
         disk = self.base.disk.get(memory)
         if extra.role == "training_only":
             self.ignored[key] = extra.reason
@@ -510,7 +558,10 @@ class _Binder:
         elif extra.role == "base_copy":
             self.copies[disk or memory] = extra.tensor
         elif extra.role == "replacement":
-            self.replacements[disk or self._new_name(memory)] = extra.tensor
+            name = disk or self._new_name(memory)
+            self.replacements[name] = extra.tensor
+            if extra.reason == SAVED_EMBEDDING:
+                self.saved.add(name)
         else:
             self.unmatched.append(key)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratools.deltas.scaled import Scaled
 from loratools.dtypes import accumulator, largest, narrow, numpy_dtype, widen
 from loratools.errors import NonFinite, ShapeMismatch
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from loratools.dtypes import Array
     from loratools.planning import Contribution, WeightStep
 
-__all__ = ["Block", "Survival", "blocks", "round_block"]
+__all__ = ["Block", "Survival", "blocks", "round_block", "stripe"]
+
+STRIPE_BYTES = 1 << 20  # written at once
+SAMPLE_ROWS = 16  # of each matrix, on which the survival of the change is measured
 
 
 class _Workspace(threading.local):
@@ -50,7 +54,7 @@ class Block:
 
     start: int  # row of the whole matrix
     values: Array  # (rows, columns), not rounded yet
-    before: Array | None  # the base's rows, where they were asked for
+    before: Array | None  # the base's first rows of them, as far as they were asked for
 
 
 @dataclass(slots=True)
@@ -74,8 +78,9 @@ class Survival:
     def add(self, block: Block, rounded: Array) -> None:
         """Count a block, given its values as they will be stored."""
         assert block.before is not None
-        intended = (block.values - block.before).reshape(-1)
-        actual = (rounded - block.before).reshape(-1)
+        rows = len(block.before)
+        intended = (block.values[:rows] - block.before).reshape(-1)
+        actual = (rounded[:rows] - block.before).reshape(-1)
         self.product += float(np.dot(actual, intended))
         self.intended += float(np.dot(intended, intended))
         self.actual += float(np.dot(actual, actual))
@@ -107,7 +112,7 @@ def blocks(step: WeightStep, *, keep_before: str = "none") -> Iterator[Block]:
 
     Args:
         step: what to compute.
-        keep_before: ``"none"``, ``"first"`` block of a sampled step, or ``"all"``: where to keep the base's rows too.
+        keep_before: how much of the base to hand on too: ``"none"``, the ``"first"`` rows of each matrix, or ``"all"``.
 
     Raises:
         ShapeMismatch: an update does not cover the rows it was planned for.
@@ -115,12 +120,13 @@ def blocks(step: WeightStep, *, keep_before: str = "none") -> Iterator[Block]:
     kind = numpy_dtype(accumulator(step.spec.dtype))
     columns, double = step.columns, step.spec.dtype.name == "F64"
     updates = [_load(step, contribution, double) for contribution in step.contributions]
+    sampled = step.start if keep_before == "first" and step.sampled else -1
     for start in range(step.start, step.stop, step.block_rows):
         shape = (min(step.block_rows, step.stop - start), columns)
         values = _workspace.array("values", shape, kind)
         _read_base(step, start, values)
-        keep = keep_before == "all" or (keep_before == "first" and step.sampled and start == step.start)
-        before = values.copy() if keep else None
+        keep = len(values) if keep_before == "all" else SAMPLE_ROWS if start == sampled else 0
+        before = values[:keep].copy() if keep else None
         local = start - step.region
         _contribute(step.contributions, updates, values, local)
         yield Block(start, values, before)
@@ -181,6 +187,8 @@ def _load_term(term: Term, height: int, width: int, double: bool) -> _Placed:
     rows = target.rows.slice if target.rows else slice(0, height, 1)
     cols = target.cols.slice if target.cols else slice(0, width, 1)
     covered = (len(range(*rows.indices(height))), len(range(*cols.indices(width))))
+    if isinstance(update, Scaled):  # its file does not know the weight's shape
+        update = update.fitted(covered)
     if update.shape != covered:
         raise ShapeMismatch(term.name, update.shape, covered)
     return _Placed(
@@ -270,6 +278,12 @@ def round_block(step: WeightStep, block: Block, out: Array | None = None) -> Arr
     if not square < min(largest(step.spec.dtype) ** 2, 3e38):
         _find_non_finite(step, block, raw)
     return raw
+
+
+def stripe(step: WeightStep) -> Array:
+    """The thread's buffer for rounded values waiting to be written: at least one block's bytes, uint8."""
+    block = step.spec.dtype.nbytes(min(step.block_rows, step.stop - step.start) * step.columns)
+    return _workspace.array("stripe", (1, max(block, STRIPE_BYTES // block * block)), np.uint8).reshape(-1)
 
 
 def _find_non_finite(step: WeightStep, block: Block, raw: Array) -> None:

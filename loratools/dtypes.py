@@ -27,6 +27,7 @@ __all__ = [
     "largest",
     "narrow",
     "numpy_dtype",
+    "unpack_nibbles",
     "widen",
 ]
 
@@ -123,7 +124,8 @@ def numpy_dtype(stored: Dtype) -> np.dtype[Any]:
         return np.dtype(stored.numpy)
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, stored.numpy))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, stored.numpy))
+    return found
 
 
 def accumulator(stored: Dtype) -> Dtype:
@@ -166,16 +168,18 @@ def widen(raw: Array, stored: Dtype, out: Array | None = None) -> Array:
 
     values = raw.view(numpy_dtype(stored))
     if stored.bits == 4:
-        values = _unpack_nibbles(values, stored)
-    if out is not None:
-        np.copyto(out, values, casting="same_kind")
-        return out
-    if stored.kind == "float" and stored.name not in {"F32", "F64"}:
-        return values.astype(np.float32)
+        values = unpack_nibbles(values, stored)
+    with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN, without a word
+        if out is not None:
+            np.copyto(out, values, casting="same_kind")
+            return out
+        if stored.kind == "float" and stored.name not in {"F32", "F64"}:
+            return values.astype(np.float32)
     return values
 
 
-def _unpack_nibbles(pairs: Array, stored: Dtype) -> Array:
+def unpack_nibbles(pairs: Array, stored: Dtype) -> Array:
+    """Packed 4-bit floats as ml_dtypes holds them: one byte an element."""
     import ml_dtypes
     import numpy as np
 

@@ -24,6 +24,7 @@ __all__ = [
     "UnmatchedModules",
     "Unsupported",
     "printable",
+    "quoted",
 ]
 
 
@@ -39,6 +40,16 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "backslashreplace").decode("ascii")
         for c in text
     )
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value from a file, as its ``repr``, cut to a length that fits a message.
+
+    >>> quoted("F32"), quoted("A" * 100, 10)
+    ("'F32'", "'AAAAAAAAA...")
+    """
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 class LoratoolsError(Exception):

@@ -76,8 +76,9 @@ def merge_tensors(
     homes: dict[str, str | None] = {}
     for name, home in tie.new_tensors():
         outputs[name], homes[name] = sorter.output(name, base.source.specs[home], start=home), home
-    for name in sorter.added(set(outputs)):
+    for name in sorter.added({*outputs, *tie.shared()}):
         outputs[name], homes[name] = sorter.output(name, None), None
+    outputs |= {name: tie.like_embedding(outputs, name) for name in tie.shared() if name in outputs}
     resized = _resized(base, outputs, sorter)
     if dtype is not None:
         outputs = {name: _cast(output, dtype) for name, output in outputs.items()}
@@ -89,8 +90,23 @@ def merge_tensors(
         resized=resized[0] if resized else None,
         bound=sum(len(binding.bound) for binding in bindings),
         unmatched=unmatched,
-        warnings=tuple(warnings + tie.warnings()),
+        warnings=tuple(warnings + tie.warnings() + _removals(adapters, weights, outputs)),
     )
+
+
+def _removals(
+    adapters: Sequence[Adapter], weights: Sequence[float], outputs: Mapping[str, Output]
+) -> list[str]:
+    """A negative weight takes a merged adapter out again; what rounding took with it does not come back."""
+    types = sorted(
+        {o.spec.dtype.name for o in outputs.values() if o.contributions and o.spec.dtype.bits < 32}
+    )
+    return [
+        f"{adapter.name}: weight {weight:g} takes it out again; in {' and '.join(types)} the values from before "
+        "its merge come back to within a rounding, not bit for bit"
+        for adapter, weight in zip(adapters, weights, strict=True)
+        if weight < 0 and types
+    ]
 
 
 def _unmatched(
@@ -151,11 +167,12 @@ class _Sorter:
             if one.terms or one.replacement is not None or one.rows is not None:
                 _require_weight(adapter, name, one)
                 contributions.append(one)
-            if name in binding.copies and spec is not None and binding.copies[name].shape != spec.shape:
-                copies.append(binding.copies[name])
+            copy = binding.copies.get(name) or binding.copies.get(self._partner(name))
+            if copy is not None and spec is not None and copy.shape != spec.shape:
+                copies.append(copy)
         contributions = self._settle(name, contributions)
         if copies:  # trained on a resized embedding, which came along: start from that
-            base, spec = self._resized_start(name, copies, contributions)
+            base, spec = self._resized_start(name, spec, copies, contributions)
         replacing = next((c.replacement for c in contributions if c.replacement is not None), None)
         if spec is None:
             assert replacing is not None
@@ -164,12 +181,16 @@ class _Sorter:
             return self._replaced(name, spec, base, contributions, replacing)
         return Output(name, spec, base, tuple(contributions))
 
+    def _partner(self, name: str) -> str:
+        """The other name of a tied embedding: a copy of one, saved beside its LoRA, is a copy of both."""
+        tie = self.base.tie
+        return "" if tie is None else {tie.embedding: tie.head, tie.head: tie.embedding}.get(name, "")
+
     def _resized_start(
-        self, name: str, copies: list[TensorRef], contributions: list[Contribution]
+        self, name: str, spec: TensorSpec, copies: list[TensorRef], contributions: list[Contribution]
     ) -> tuple[TensorRef, TensorSpec]:
         if len(copies) > 1 or len(contributions) > 1:
             raise Mismatch(f"{name}: several adapters change an embedding that one of them has resized")
-        spec = self.base.source.specs.get(name) or copies[0].spec
         return copies[0], TensorSpec(spec.dtype, copies[0].shape)
 
     def _settle(self, name: str, contributions: list[Contribution]) -> list[Contribution]:
@@ -272,14 +293,15 @@ def _resized(base: BaseModel, outputs: Mapping[str, Output], sorter: _Sorter) ->
         None,
     )
     if len(sizes) > 1 or left is not None:
-        names = ", ".join(f"{name} {size}" for name, size in changed.items())
+        listed = ", ".join(f"{name} {size}" for name, size in changed.items())
         rest = f", {left} {outputs[left].spec.shape[0]}" if left else ""
-        raise Mismatch(f"the embeddings would have different numbers of tokens: {names}{rest}")
-    name, size = next(iter(changed.items()))
+        raise Mismatch(f"the embeddings would have different numbers of tokens: {listed}{rest}")
+    tied = {tie.embedding, tie.head} if tie else set()
+    names = changed.keys() | (tied if tied & changed.keys() else set())
     for adapter, binding in zip(sorter.adapters, sorter.bindings, strict=True):
-        if name in binding.replacements or name in binding.copies:
-            return adapter, size
-    raise AssertionError(name)
+        if not names.isdisjoint([*binding.replacements, *binding.copies]):
+            return adapter, sizes.pop()
+    raise AssertionError(changed)
 
 
 def _cast(output: Output, dtype: Dtype) -> Output:
@@ -308,8 +330,8 @@ class _Tied:
         head = [b for b in bindings if _touches(b, tie.head)]
         if not embedding and not head:
             return False
-        if all(b.keeps_tie and _touches(b, tie.embedding) for b in (*embedding, *head)):
-            return False  # both carry the same delta, trained as one: merged once
+        if all(_shares(b, tie) for b in bindings):
+            return False
         if str(self.base.config.get("model_type")) in _TIED_SCALE:
             raise Unsupported(
                 f"{tie.embedding} and the head are one weight, and this architecture scales its output only while they are",
@@ -323,6 +345,16 @@ class _Tied:
             return []
         new = [] if self.tie.stored else [(self.tie.head, self.tie.embedding)]
         return new + ([self.tie.bias] if self.tie.bias else [])
+
+    def shared(self) -> list[str]:
+        """The output embedding, where it goes on being another name of the input embedding."""
+        return [] if self.tie is None or self.apart else [self.tie.head]
+
+    def like_embedding(self, outputs: Mapping[str, Output], head: str) -> Output:
+        """The output embedding, where the checkpoint stores it although it is one with the input embedding."""
+        assert self.tie is not None
+        embedding, kept = outputs[self.tie.embedding], outputs[head]
+        return kept if embedding.is_copy and kept.is_copy else replace(embedding, name=head)
 
     def config(self) -> dict[str, bool]:
         """The configuration must say so."""
@@ -338,6 +370,13 @@ class _Tied:
         return [
             f"input and output embedding were one weight and now differ: {self.tie.head} is written apart, and {where}"
         ]
+
+
+def _shares(binding: Binding, tie: Tie) -> bool:
+    """Whether one tensor goes on serving both: their changes were trained as one, or they were saved untrained."""
+    touched = {name for name in (tie.embedding, tie.head) if _touches(binding, name)}
+    trained = {name for name in touched if name in binding.terms or name not in binding.saved}
+    return not trained or (binding.keeps_tie and len(touched) == 2)
 
 
 def _touches(binding: Binding, name: str) -> bool:

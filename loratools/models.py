@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.errors import AmbiguousFormat, CorruptFile, NotFound, UnknownFormat, Unsupported
+from loratools.tensors.files import read_whole
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loratools.tensors.base import TensorSource
+    from loratools.tensors.base import TensorSource, TensorSpec
 
 __all__ = ["BaseModel", "Tie", "open_base", "open_weights", "quantisation_scheme", "require_unquantised"]
 
@@ -229,49 +229,71 @@ def _find_single(path: Path) -> Path:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    if path.stat().st_size > MAX_CONFIG:
-        raise CorruptFile(path, f"{path.stat().st_size:,} bytes; {MAX_CONFIG:,} are allowed")
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_whole(path, MAX_CONFIG))
     except (ValueError, RecursionError) as error:
+        if isinstance(error, CorruptFile):
+            raise
         raise CorruptFile(path, f"is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CorruptFile(path, "is not a JSON object")
     return config
 
 
-# A quantised weight is recognised by the tensors beside it: P and P_scale, P_blocks and P_scales, and so on. The first
-# pattern that fits names the scheme; "{}" stands for what precedes it in the tensor's name.
-_MARKS: tuple[tuple[str, re.Pattern[str], str | None], ...] = (
-    ("bitsandbytes 4-bit", re.compile(r"(.+)\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)"), None),
-    ("bitsandbytes 8-bit", re.compile(r"(.+)\.(?:SCB|weight_format)"), None),
-    ("mxfp4", re.compile(r"(.+)_blocks"), "{}_scales"),
-    ("nvfp4", re.compile(r"(.+)weight_scale_2"), None),
-    ("compressed-tensors", re.compile(r"(.+)\.weight_packed"), None),
-    ("GPTQ or AWQ", re.compile(r"(.+)\.(?:qweight|qzeros)"), None),
-    ("AQLM", re.compile(r"(.+)\.codebooks"), None),
-    ("HQQ", re.compile(r"(.+)\.W_q"), None),
-    ("quanto", re.compile(r"(.+)\.weight\._(?:data|scale)"), None),
-    ("fp8 blocks", re.compile(r"(.+)_scale_inv"), "{}"),
-    ("scaled integers or fp8", re.compile(r"(.+)_scales?"), "{}"),
+# A quantised weight is recognised by the tensors beside it: the endings of a name, and what must be there
+# too. "{}" stands for the name without its ending. The first of those that must be there holds the codes:
+# integers, or floats of eight bits at most. Without that check a learnt scale (a weight with a gain beside
+# it) would be mistaken for one. The first row that fits names the scheme.
+_MARKS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        "bitsandbytes 4-bit",
+        (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"),
+        ("{}",),
+    ),
+    ("bitsandbytes 8-bit", (".SCB", ".weight_format"), ("{}.weight",)),
+    ("mxfp4", ("_blocks",), ("{}_blocks", "{}_scales")),
+    ("nvfp4", (".weight_scale_2",), ("{}.weight",)),
+    ("compressed-tensors", (".weight_packed",), ("{}.weight_packed",)),
+    ("GPTQ or AWQ", (".qweight",), ("{}.qweight",)),
+    ("AQLM", (".codebooks",), ("{}.codes", "{}.scales")),
+    ("HQQ", (".W_q",), ("{}.W_q",)),
+    ("quanto", (".weight._data",), ("{}.weight._data", "{}.weight._scale")),
+    ("torchao", ("weight_qdata",), ("{}weight_qdata",)),
+    ("MLX", (".scales",), ("{}.weight",)),
+    ("fp8 blocks", ("_scale_inv",), ("{}",)),
+    ("scaled integers or fp8", ("_scale", "_scales"), ("{}",)),
 )
+_ENDINGS = tuple(ending for _, endings, _ in _MARKS for ending in endings)
+# Where configurations declare it: transformers, older compressed-tensors, MLX.
+_DECLARATIONS = ("quantization_config", "compression_config", "quantization")
 
 
 def quantisation_scheme(base: BaseModel) -> str | None:
-    """By what scheme the weights are quantised, from the configuration and from the tensors; None if they are not."""
-    declared = base.config.get("quantization_config")
-    if isinstance(declared, dict) and declared:
-        return str(declared.get("quant_method") or declared.get("quant_algo") or "an unnamed scheme")
+    """By what scheme the weights are quantised, from configuration and tensors; None if they are not."""
+    text = base.config.get("text_config")
+    for section in (base.config, text if isinstance(text, dict) else {}):
+        for declared in (section.get(key) for key in _DECLARATIONS):
+            if isinstance(declared, dict) and declared:
+                return str(declared.get("quant_method") or declared.get("quant_algo") or "an unnamed scheme")
     specs = base.source.specs
-    for scheme, pattern, companion in _MARKS:
-        for name in specs:
-            found = pattern.fullmatch(name)
-            if found and (companion is None or companion.format(found[1]) in specs):
+    candidates = [name for name in specs if name.endswith(_ENDINGS)]
+    for scheme, endings, needed in _MARKS:
+        for name in candidates:
+            ending = next((e for e in endings if name.endswith(e)), None)
+            if ending is not None and _holds_codes(specs, name.removesuffix(ending), needed):
                 return scheme
     for name, spec in specs.items():
         if spec.dtype.kind == "float" and spec.dtype.bits <= 8:
             return f"{spec.dtype} weights ({name})"
     return None
+
+
+def _holds_codes(specs: Mapping[str, TensorSpec], stem: str, needed: tuple[str, ...]) -> bool:
+    names = [template.replace("{}", stem) for template in needed]
+    if not all(name in specs for name in names):
+        return False
+    codes = specs[names[0]].dtype
+    return codes.kind == "int" or (codes.kind == "float" and codes.bits <= 8)
 
 
 def require_unquantised(base: BaseModel) -> None:

@@ -28,6 +28,7 @@ class Dialect:
 DIALECTS = (
     Dialect("as stored"),
     Dialect("mixtral", ((r"\.block_sparse_moe\.", ".mlp."),)),
+    Dialect("mixtral before transformers 5", ((r"\.mlp\.(experts|gate)\.", r".block_sparse_moe.\1."),)),
     Dialect("phimoe", ((r"\.block_sparse_moe\.", ".mlp."), (r"\.gate\.weight", ".router.weight"))),
     Dialect(
         "granitemoe",
@@ -41,7 +42,6 @@ DIALECTS = (
         "vit",
         (
             (r"encoder\.layer\.", "layers."),
-            (r"attention\.attention\.(query|key|value)", r"attention.\1"),
             (r"attention\.query", "q_proj"),
             (r"attention\.key", "k_proj"),
             (r"attention\.value", "v_proj"),

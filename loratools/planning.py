@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from loratools.adapter import Extra
+    from loratools.adapter import Extra, Module
     from loratools.binding import Term
     from loratools.tensors.base import TensorRef, TensorSpec
 
@@ -71,6 +71,7 @@ class WeightStep:
         spec: of the tensor as written.
         base: the tensor it starts from; None where a replacement provides every value.
         contributions: what is added.
+        columns: of the weight seen as a matrix; of its experts' matrices, where it is a stack of them.
         region: first row of the matrix the terms speak of (an expert's, inside a 3-D tensor).
         region_rows: rows of that matrix.
         start: first row this step covers.
@@ -85,17 +86,13 @@ class WeightStep:
     spec: TensorSpec
     base: TensorRef | None
     contributions: tuple[Contribution, ...]
+    columns: int
     region: int
     region_rows: int
     start: int
     stop: int
     block_rows: int
     peak_bytes: int
-
-    @property
-    def columns(self) -> int:
-        """Of the weight seen as a matrix."""
-        return flat_shape(self.spec.shape)[1]
 
     @property
     def nbytes(self) -> int:
@@ -205,9 +202,32 @@ class Plan:
         for file in self.files:
             content.update(repr((file.name, file.size)).encode() + file.header)
         for step in self.steps:
-            content.update(repr((type(step).__name__, step.file, step.offset, step.peak_bytes)).encode())
+            content.update(repr(_described(step)).encode())
         content.update(str((BLOCK_ELEMENTS, STEP_BYTES)).encode())
         return content.hexdigest()
+
+
+def _described(step: Step) -> tuple[Any, ...]:
+    """All that decides the bytes a step writes, but for the values it reads."""
+    if isinstance(step, CopyStep):
+        return ("copy", step.names, step.file, step.offset, step.source.name, step.skip, step.nbytes)
+    changes = [
+        (
+            c.weight,
+            [(t.name, t.part, t.target, *_described_module(t.module)) for t in c.terms],
+            None if c.replacement is None else c.replacement.name,
+            None if c.rows is None else (c.rows.tensor.name, c.rows.indices),
+        )
+        for c in step.contributions
+    ]
+    base = None if step.base is None else step.base.name
+    place = (step.name, step.file, step.offset, step.region, step.start, step.stop, step.block_rows)
+    return ("weight", *place, base, changes)
+
+
+def _described_module(module: Module) -> tuple[Any, ...]:
+    roles = sorted((role, ref.name) for role, ref in module.tensors.items())
+    return (module.kind, module.scaling, module.rank, sorted(module.options.items()), roles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,15 +298,14 @@ def _copies(file: int, run: list[Output], offsets: Mapping[str, int]) -> Iterato
 
 
 def _weight_steps(file: int, output: Output, offset: int) -> Iterator[WeightStep]:
-    rows, columns = flat_shape(output.spec.shape)
-    if rows * columns == 0:
+    if output.spec.count == 0:
         return
     _require_floats(output)
-    for region, region_rows, contributions in _regions(output, rows):
+    for region, region_rows, columns, contributions in _regions(output):
         rowwise = all(
             term.module.rowwise(transposed=term.target.transposed) for c in contributions for term in c.terms
         )
-        block = max(1, min(region_rows, BLOCK_ELEMENTS // columns)) if rowwise else region_rows
+        block = min(region_rows, _block_rows(columns)) if rowwise else region_rows
         height = (
             block * max(1, STEP_BYTES // output.spec.dtype.nbytes(columns * block))
             if rowwise
@@ -296,9 +315,15 @@ def _weight_steps(file: int, output: Output, offset: int) -> Iterator[WeightStep
         for start in range(region, region + region_rows, height):
             stop = min(start + height, region + region_rows)
             yield WeightStep(
-                output.name, file, offset, output.spec, output.base, contributions,
+                output.name, file, offset, output.spec, output.base, contributions, columns,
                 region, region_rows, start, stop, block, peak,
             )  # fmt: skip
+
+
+def _block_rows(columns: int) -> int:
+    """Rows that fit a block: a multiple of eight where there are so many, for the slivers of thin products."""
+    rows = max(1, BLOCK_ELEMENTS // columns)
+    return rows - rows % 8 if rows > 8 else rows
 
 
 def _require_floats(output: Output) -> None:
@@ -308,19 +333,20 @@ def _require_floats(output: Output) -> None:
             raise Unsupported(f"{output.name}: {spec.dtype} values cannot be computed with")
 
 
-def _regions(output: Output, rows: int) -> Iterator[tuple[int, int, tuple[Contribution, ...]]]:
-    """The matrices a tensor consists of: itself, or one an expert."""
+def _regions(output: Output) -> Iterator[tuple[int, int, int, tuple[Contribution, ...]]]:
+    """The matrices a tensor consists of, itself or one an expert: first row, rows, columns and what is added."""
     grouped = [(c, group_by_index(c.terms)) for c in output.contributions]
     indices = {index for _, groups in grouped for index in groups}
     if indices <= {None}:
-        yield 0, rows, output.contributions
+        rows, columns = flat_shape(output.spec.shape)
+        yield 0, rows, columns, output.contributions
         return
     if None in indices or any(c.replacement is not None or c.rows is not None for c in output.contributions):
         raise Unsupported(f"{output.name}: single experts and the whole tensor are changed at once")
-    height = output.spec.shape[1]
-    for index in range(output.spec.shape[0]):
+    experts, height, columns = output.spec.shape
+    for index in range(experts):
         mine = tuple(Contribution(c.weight, tuple(groups[index])) for c, groups in grouped if index in groups)
-        yield index * height, height, mine
+        yield index * height, height, columns, mine
 
 
 def _peak_bytes(

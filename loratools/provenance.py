@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools.errors import LoratoolsError
+from loratools.tensors.files import read_whole
 from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ __all__ = ["METADATA_KEY", "RECORD_NAME", "identify", "made_by_loratools", "reco
 
 RECORD_NAME = "loratools.json"
 METADATA_KEY = "loratools"
+MAX_RECORD = 16_000_000  # bytes
 _SNAPSHOT = re.compile(
     r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})"
 )
@@ -60,12 +63,10 @@ def _header_hash(shards: list[SafetensorsFile]) -> str:
 
 def made_by_loratools(path: Path) -> bool:
     """Whether an existing output says that this program wrote it."""
-    if path.is_dir():
-        try:
-            return "loratools" in json.loads((path / RECORD_NAME).read_bytes())
-        except (OSError, ValueError, TypeError):
-            return False
     try:
+        if path.is_dir():
+            found = json.loads(read_whole(path / RECORD_NAME, MAX_RECORD))
+            return isinstance(found, dict) and "loratools" in found
         return METADATA_KEY in SafetensorsFile(path).metadata
-    except (OSError, ValueError):
+    except (LoratoolsError, OSError, ValueError, RecursionError):
         return False

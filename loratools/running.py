@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def run(
 
     try:
         with one_blas_thread():
-            for index, seen in executor.map(work, todo):
+            for index, seen in executor.map(work, _interleave(todo, executor.jobs)):
                 if seen is not None:
                     seen_at[index] = seen
                 if on_step is not None:
@@ -116,17 +117,39 @@ def run(
 
 
 def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:
-    from loratools.computing import Survival, blocks, round_block
+    """Compute a step's blocks and write them in stripes: fewer, longer writes hold up other workers less."""
+    import numpy as np
+
+    from loratools.computing import Survival, blocks, round_block, stripe
     from loratools.dtypes import widen
 
     seen = None
+    gathered, filled, start = stripe(step), 0, step.start
     for block in blocks(step, keep_before=measure):
-        raw = round_block(step, block)
-        sink.write(step, block.start, raw)
+        count = step.spec.dtype.nbytes(block.values.size)
+        if filled + count > gathered.size:
+            sink.write(step, start, gathered[:filled])
+            filled, start = 0, block.start
+        raw = round_block(step, block, gathered[filled : filled + count])
+        filled += count
         if block.before is not None:
             seen = seen or Survival()
-            seen.add(block, widen(raw, step.spec.dtype).reshape(block.values.shape))
+            head = raw[: step.spec.dtype.nbytes(block.before.size)]
+            rounded = widen(head, step.spec.dtype, np.empty(block.before.size, block.values.dtype))
+            seen.add(block, rounded.reshape(block.before.shape))
+    sink.write(step, start, gathered[:filled])
     return seen
+
+
+def _interleave(steps: list[tuple[int, Step]], jobs: int) -> Iterator[tuple[int, Step]]:
+    """The steps in an order in which workers write to different files: two writers of one file wait for each other."""
+    by_file: dict[int, list[tuple[int, Step]]] = {}
+    for item in steps:
+        by_file.setdefault(item[1].file, []).append(item)
+    queues = list(by_file.values())
+    for first in range(0, len(queues), jobs):
+        for row in itertools.zip_longest(*queues[first : first + jobs]):
+            yield from (item for item in row if item is not None)
 
 
 def _by_weight(plan: Plan, seen_at: dict[int, Survival]) -> dict[str, Survival]:

@@ -1,7 +1,8 @@
 """Where a plan's bytes go: files that appear whole or not at all, or memory.
 
-Files are written beside their destination under a name ending in ``.part``, counted against the layout, synced, and
-renamed. A journal in the part says which steps are done, so that an interrupted run can go on.
+Files are written beside their destination under a name ending in ``.part``, counted against the layout,
+synced, and renamed. A journal says which steps are done, so that an interrupted run can go on. Nothing that lies
+there under such a name is removed unless it is this program's own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import json
 import os
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.errors import Incomplete, OutputExists
+from loratools.errors import Incomplete, LoratoolsError, OutputExists
 from loratools.planning import CopyStep
+from loratools.provenance import made_by_loratools
 from loratools.tensors.files import File, copy_range, sync_folder
+from loratools.tensors.header import parse_header
 from loratools.tensors.memory import from_bytes
 
 if TYPE_CHECKING:
@@ -27,8 +31,9 @@ if TYPE_CHECKING:
 
     from loratools.dtypes import Array
     from loratools.planning import Plan, Step, WeightStep
+    from loratools.tensors.base import TensorSpec
 
-__all__ = ["FileSink", "MemorySink", "recover"]
+__all__ = ["FileSink", "MemorySink", "recover", "set_aside", "standing"]
 
 JOURNAL = ".loratools-journal"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -52,31 +57,50 @@ class FileSink:
         self.output = output
         self.sync = sync
         self.replace = replace
-        self.part = output.with_name(output.name + ".part")
+        self.part = set_aside(output)[0]
         self.folder = plan.kind == "folder"
         self.files: list[File] = []
         self.done: set[int] = set()
         self._lock = threading.Lock()
         self._left = [file.size - len(file.header) for file in plan.files]
+        self._synced: set[int] = set()
         self._sources: dict[str, File] = {}
         self._journal: int | None = None
-        self._open(resume=resume)
+        try:
+            self._open(resume=resume)
+        except BaseException:
+            self.abandon(keep=bool(self.done) or self._journal is None)
+            raise
 
     def _open(self, *, resume: bool) -> None:
         recover(self.output)
-        if resume and self.part.exists():
-            self.done = self._read_journal()
-        elif self.part.exists():
-            self._remove_part()
+        if os.path.lexists(self.part):
+            self._require_own_part()
+            self.done = self._read_journal() if resume else self._start_over()
         self._require_space()
         with _disk_errors(self.part):
-            if self.folder:
-                self.part.mkdir(parents=True, exist_ok=True)
-            self.files = [self._create(number) for number in range(len(self.plan.files))]
+            (self.part if self.folder else self.part.parent).mkdir(parents=True, exist_ok=True)
             self._start_journal()
+            self.files = [self._create(number) for number in range(len(self.plan.files))]
         for index in self.done:
             step = self.plan.steps[index]
             self._left[step.file] -= step.nbytes
+        self._uses = Counter(
+            path
+            for i, step in enumerate(self.plan.steps)
+            if i not in self.done and (path := _copied_from(step))
+        )
+
+    def _require_own_part(self) -> None:
+        """What lies under the part's name may be somebody's folder: only a journal or a record makes it ours."""
+        real = self.part.is_dir() if self.folder else self.part.is_file()
+        own = self._journal_path().is_file() or made_by_loratools(self.part)
+        own = own or (real and self.folder and not any(self.part.iterdir()))
+        if not real or self.part.is_symlink() or not own:
+            raise OutputExists(
+                f"{self.part} is in the way, and loratools did not leave it there",
+                hint="remove it by hand if it may go, or give the output another name",
+            )
 
     def path(self, number: int) -> Path:
         """Where a file of the plan lies while it is written."""
@@ -97,6 +121,7 @@ class FileSink:
             os.close(fd)
         file = File(path, write=True)
         file.write(memoryview(planned.header), 0)
+        file.close()  # until its first step: there may be more files than a process may have open
         return file
 
     def _require_space(self) -> None:
@@ -113,7 +138,9 @@ class FileSink:
     # not synced yet survives the process but not the machine, so those lines count only until the next boot.
 
     def _start_journal(self) -> None:
-        flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        flags = (
+            os.O_CREAT | os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        )
         self._journal = os.open(self._journal_path(), flags, 0o666)
         if not self.done:
             os.ftruncate(self._journal, 0)
@@ -122,11 +149,11 @@ class FileSink:
 
     def _read_journal(self) -> set[int]:
         try:
-            head, *lines = self._journal_path().read_text().splitlines()
+            head, *lines = self._journal_path().read_text().split("\n")[:-1]  # the last may be half a line
             started = json.loads(head)
         except (OSError, ValueError):
             return self._start_over()
-        if started.get("plan") != self.plan.digest():
+        if not isinstance(started, dict) or started.get("plan") != self.plan.digest():
             return self._start_over()
         same_boot = bool(started.get("boot")) and started["boot"] == _boot()
         done: set[int] = set()
@@ -136,6 +163,7 @@ class FileSink:
                 done.add(int(number))
             elif word == "file" and number.isdigit():
                 done |= {i for i, step in enumerate(self.plan.steps) if step.file == int(number)}
+                self._synced.add(int(number))
         return {i for i in done if i < len(self.plan.steps)} if self._parts_whole() else self._start_over()
 
     def _parts_whole(self) -> bool:
@@ -146,17 +174,19 @@ class FileSink:
 
     def _start_over(self) -> set[int]:
         self._remove_part()
+        self._synced.clear()
         return set()
 
     def _note(self, line: str) -> None:
         assert self._journal is not None
-        os.write(self._journal, line.encode() + b"\n")
+        with _disk_errors(self.part):
+            os.write(self._journal, line.encode() + b"\n")
 
     def write(self, step: WeightStep, start: int, raw: Array) -> None:
         """Write some rows of a weight."""
         offset = step.offset + step.spec.dtype.nbytes(start * step.columns)
         with _disk_errors(self.part):
-            self.files[step.file].write(memoryview(raw), offset)
+            self.files[step.file].write(raw.data, offset)
 
     def copy(self, step: CopyStep) -> None:
         """Copy a run of bytes from the base."""
@@ -164,7 +194,7 @@ class FileSink:
         with _disk_errors(self.part):
             if extent is None:
                 raw = step.source.source.read_bytes(step.source.name)[step.skip : step.skip + step.nbytes]
-                self.files[step.file].write(memoryview(raw), step.offset)
+                self.files[step.file].write(raw.data, step.offset)
                 return
             with self._lock:
                 source = self._sources.setdefault(extent.path, File(extent.path))
@@ -176,11 +206,26 @@ class FileSink:
             self._left[step.file] -= step.nbytes
             whole = self._left[step.file] == 0
             self._note(f"step {index}")
-        if whole and self.sync:
+            self._release(_copied_from(step))
+        if whole:
+            self._complete(step.file)
+
+    def _release(self, path: str | None) -> None:
+        """Close a source once the last step that copies from it is done."""
+        if path is not None:
+            self._uses[path] -= 1
+            if not self._uses[path] and path in self._sources:
+                self._sources.pop(path).close()
+
+    def _complete(self, number: int) -> None:
+        """A file is whole: wait for the disk, say so in the journal."""
+        if self.sync:
             with _disk_errors(self.part):
-                self.files[step.file].sync()
+                self.files[number].sync()
             with self._lock:
-                self._note(f"file {step.file}")
+                self._synced.add(number)
+                self._note(f"file {number}")
+        self.files[number].close()
 
     def publish(self) -> None:
         """Check that every byte came, write what lies beside the weights, and give the whole its name.
@@ -191,9 +236,12 @@ class FileSink:
         missing = [f.name for f, left in zip(self.plan.files, self._left, strict=True) if left]
         if missing:
             raise Incomplete(f"{missing[0]}: {sum(self._left):,} bytes of the layout were never written")
-        for file in (*self.files, *self._sources.values()):
-            file.close()
-        self._close_journal()
+        for number in range(len(self.files)):
+            if (
+                number not in self._synced
+            ):  # one without a step, or finished by a run that did not get to sync it
+                self._complete(number)
+        self._close()
         with _disk_errors(self.part):
             self._write_small()
             self._journal_path().unlink()
@@ -202,9 +250,12 @@ class FileSink:
             self._swap()
 
     def _write_small(self) -> None:
+        """The record last: a part that has it needs no journal to be known as ours."""
+        folders = set()
         for small in self.plan.small:
             path = self.part / small.name
             path.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(path.parent)
             path.unlink(missing_ok=True)
             with path.open("xb") as file:
                 if small.source is not None:
@@ -215,31 +266,39 @@ class FileSink:
                 if self.sync:
                     file.flush()
                     os.fsync(file.fileno())
+        if self.sync:
+            for folder in folders:
+                sync_folder(folder)
 
     def _swap(self) -> None:
         """Put the new in the place of the old: old aside, new in, old away. Recovered by the next run if cut short."""
-        old = _old(self.output)
-        if self.output.exists() or self.output.is_symlink():
+        old = set_aside(self.output)[1]
+        if os.path.lexists(self.output):
             if not self.replace:
                 raise OutputExists(
                     f"{self.output} has appeared meanwhile", hint=f"the result is in {self.part}"
                 )
             self.output.rename(old)
-        self.part.rename(self.output)
+        try:
+            self.part.rename(self.output)
+        except BaseException:
+            if os.path.lexists(old) and not os.path.lexists(self.output):
+                old.rename(self.output)
+            raise
         if self.sync:
             sync_folder(self.output.absolute().parent)
-        if old.exists():
+        if os.path.lexists(old):
             _remove(old)
 
     def abandon(self, *, keep: bool) -> None:
         """Stop early; keep the part for a later run, or remove it."""
-        for file in (*self.files, *self._sources.values()):
-            file.close()
-        self._close_journal()
+        self._close()
         if not keep:
             self._remove_part()
 
-    def _close_journal(self) -> None:
+    def _close(self) -> None:
+        for file in (*self.files, *self._sources.values()):
+            file.close()
         if self._journal is not None:
             os.close(self._journal)
             self._journal = None
@@ -253,32 +312,56 @@ class MemorySink:
     """Tensors in memory, of the kind the base came in."""
 
     def __init__(self, plan: Plan, *, torch_out: bool) -> None:
-        self.plan = plan
         self.torch_out = torch_out
         self.done: set[int] = set()
+        self.specs: dict[str, TensorSpec] = {}
         self.raw: dict[str, Array] = {}
-        self.specs: dict[str, Any] = {}
-
-    def _buffer(self, name: str, spec: Any) -> Array:
-        self.specs[name] = spec
-        return self.raw.setdefault(name, np.zeros(spec.nbytes, np.uint8))
+        self._left = 0  # bytes still to come
+        self._lock = threading.Lock()
+        for file in plan.files:
+            specs = parse_header("the result", file.header[8:], file.size).specs
+            self.specs.update(specs)
+            self.raw.update((name, np.empty(spec.nbytes, np.uint8)) for name, spec in specs.items())
+            self._left += file.size - len(file.header)
 
     def write(self, step: WeightStep, start: int, raw: Array) -> None:
         """Keep some rows of a weight."""
         offset = step.spec.dtype.nbytes(start * step.columns)
-        self._buffer(step.name, step.spec)[offset : offset + raw.size] = raw
+        self.raw[step.name][offset : offset + raw.size] = raw
 
     def copy(self, step: CopyStep) -> None:
-        """Keep a tensor as it is."""
-        (name,) = step.names
-        part = slice(step.skip, step.skip + step.nbytes)
-        self._buffer(name, step.source.spec)[part] = step.source.source.read_bytes(step.source.name)[part]
+        """Keep tensors as they are: a part of one, or a run of several."""
+        position = -step.skip  # of the tensor's first byte, within what this step copies
+        for name in step.names:
+            size = self.specs[name].nbytes
+            first, last = max(0, -position), min(size, step.nbytes - position)
+            if first < last:
+                self._fetch(step, self.raw[name][first:last], step.skip + position + first)
+            position += size
 
-    def finish(self, index: int, step: Step) -> None:
-        """Nothing to note."""
+    @staticmethod
+    def _fetch(step: CopyStep, into: Array, offset: int) -> None:
+        """Bytes from ``offset``, counted from the first byte of the first tensor a step speaks of."""
+        source, name = step.source.source, step.source.name
+        extent = source.extent(name)
+        if extent is None:  # in memory, where a step speaks of one tensor
+            into[...] = source.read_bytes(name)[offset : offset + into.size]
+        else:
+            File(extent.path).read_into(into.data, extent.offset + offset)
+
+    def finish(self, index: int, step: Step) -> None:  # noqa: ARG002 - the sink's seam
+        """Count the step's bytes."""
+        with self._lock:
+            self._left -= step.nbytes
 
     def publish(self) -> None:
-        """Nothing to do: see :attr:`tensors`."""
+        """Check that every byte came.
+
+        Raises:
+            Incomplete: one did not.
+        """
+        if self._left:
+            raise Incomplete(f"{self._left:,} bytes of the layout were never written")
 
     def abandon(self, *, keep: bool) -> None:  # noqa: ARG002 - nothing outlives the call
         """Forget everything."""
@@ -293,19 +376,26 @@ class MemorySink:
         }
 
 
+def set_aside(output: Path) -> tuple[Path, Path]:
+    """The names beside an output: what is being written, and what is being replaced."""
+    return output.with_name(output.name + ".part"), output.with_name(output.name + ".loratools-old")
+
+
+def standing(output: Path) -> Path | None:
+    """Where an existing output lies: under its name, or aside where a replacement was cut short; None if nowhere."""
+    old = set_aside(output)[1]
+    return next((path for path in (output, old) if os.path.lexists(path)), None)
+
+
 def recover(output: Path) -> None:
     """Finish or undo a replacement that was cut short between its two renames."""
-    old = _old(output)
-    if not old.exists():
+    old = set_aside(output)[1]
+    if not made_by_loratools(old):
         return
-    if output.exists():
+    if os.path.lexists(output):
         _remove(old)
     else:
         old.rename(output)
-
-
-def _old(output: Path) -> Path:
-    return output.with_name(output.name + ".old")
 
 
 def _remove(path: Path) -> None:
@@ -334,14 +424,22 @@ def _boot() -> str:
         return ""
 
 
+def _copied_from(step: Step) -> str | None:
+    """The file a step copies from, if it copies from one."""
+    extent = step.source.source.extent(step.source.name) if isinstance(step, CopyStep) else None
+    return None if extent is None else extent.path
+
+
 @contextlib.contextmanager
 def _disk_errors(part: Path) -> Iterator[None]:
-    """A full disk, said as one sentence."""
+    """What the disk refuses, said as one sentence."""
     try:
         yield
+    except LoratoolsError:
+        raise
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise Incomplete(
-            f"{part}: the disk is full", hint="make room and run again with --resume; nothing was published"
-        ) from error
+        if error.errno in _FULL:
+            problem, way_out = "the disk is full", "make room and run again with --resume"
+        else:
+            problem, way_out = str(error), "run again with --resume when this is mended"
+        raise Incomplete(f"{part}: {problem}", hint=f"{way_out}; nothing was published") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from loratools.errors import ShapeMismatch
 
 if TYPE_CHECKING:
     from loratools.dtypes import Array
@@ -13,7 +15,10 @@ __all__ = ["Scaled"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaled:
-    """W' = W with each row, or each column, multiplied by its own factor."""
+    """W' = W with each row, or each column, multiplied by its own factor.
+
+    A file gives the factors only; :meth:`fitted` says of which weight.
+    """
 
     factors: Array  # (out,) or (in,)
     by_column: bool
@@ -31,6 +36,20 @@ class Scaled:
         else:
             weight *= self.factors[start : start + weight.shape[0], None]
         return weight
+
+    def fitted(self, shape: tuple[int, int]) -> Scaled:
+        """The same for a weight of this shape, where each input channel of a convolution has a kernel of columns.
+
+        Raises:
+            ShapeMismatch: the rows or columns are no multiple of the factors.
+        """
+        import numpy as np
+
+        count = self.factors.size
+        along = shape[1] if self.by_column else shape[0]
+        if count == 0 or along % count or (not self.by_column and along != count):
+            raise ShapeMismatch("ia3 factors", self.factors.shape, shape)
+        return replace(self, factors=np.repeat(self.factors, along // count), shape=shape)
 
     def transposed(self) -> Scaled:
         """Rows become columns."""

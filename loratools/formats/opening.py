@@ -1,15 +1,17 @@
-"""From what a user typed to an :class:`~loratools.adapter.Adapter`: which file holds the weights, which one explains them."""
+"""From what a user typed to an :class:`~loratools.adapter.Adapter`: where the weights are, and what explains them."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from loratools.errors import AmbiguousFormat, BadConfig, NotFound, UnknownFormat
-from loratools.formats.peft import has_peft_keys, read_peft, with_blockwise
+from loratools.errors import AmbiguousFormat, CorruptFile, NotFound, UnknownFormat
+from loratools.formats.peft import common_config, has_peft_keys, read_peft, with_blockwise
 from loratools.formats.peft_config import CONFIG_NAME, parse_config, read_config
 from loratools.formats.recognise import recognise
+from loratools.models import open_weights
 from loratools.refs import local_path
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.pickled import SUFFIXES, PickledFile
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratools.adapter import Adapter
+    from loratools.errors import BadConfig
+    from loratools.formats.peft_config import PeftConfig
     from loratools.tensors.base import TensorSource
 
-__all__ = ["open_adapter"]
+__all__ = ["WEIGHT_NAMES", "Opened", "evidence", "explain", "interpret", "open_adapter", "open_parts"]
 
 # In a folder, the weights are the first of these that is there.
 WEIGHT_NAMES = (
@@ -29,7 +33,39 @@ WEIGHT_NAMES = (
     "adapters.safetensors",
     "pytorch_lora_weights.safetensors",
     "adapter_model.bin",
+    "pytorch_lora_weights.bin",
 )
+_LFS_POINTER = b"version https://git-lfs"
+_UNREAD = {
+    ".gguf": "GGUF",
+    ".npz": "a numpy archive",
+    ".onnx": "ONNX",
+    ".h5": "HDF5",
+    ".msgpack": "Flax msgpack",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The parts of an adapter, before anything is made of them.
+
+    Attributes:
+        name: what to call it in messages.
+        source: the tensors' names and shapes.
+        raw: the configuration, or empty.
+        where: whose fields a message speaks of.
+        weights: the file the tensors are in; None in memory.
+        config_path: the configuration's file, where one was read.
+        faults: what was wrong with the configuration's file, where the caller asked to go on without it.
+    """
+
+    name: str
+    source: TensorSource
+    raw: Mapping[str, Any]
+    where: object
+    weights: Path | None = None
+    config_path: Path | None = None
+    faults: tuple[CorruptFile, ...] = ()
 
 
 def open_adapter(
@@ -55,90 +91,185 @@ def open_adapter(
         BadConfig: a field of the configuration cannot be.
         Unsupported: a pickle, without leave to read it.
     """
-    given = (
-        dict(config) if hasattr(config, "keys") else read_config(Path(config)) if config is not None else None
-    )  # type: ignore[call-overload, arg-type]
-    if isinstance(ref, (str, os.PathLike)):
-        weights, beside = _locate(local_path(ref))
-        source, name = _open_weights(weights, allow_pickle), os.fspath(ref)
-        raw = given if given is not None else (read_config(beside) if beside is not None else {})
-        where: object = beside or name
-    else:
-        source, name, raw, where = MemorySource(ref), "the state dict", given or {}, "config"
+    adapter = interpret(open_parts(ref, config=config, allow_pickle=allow_pickle), alpha=alpha)
+    return with_blockwise(adapter) if blockwise_experts else adapter
+
+
+def open_parts(
+    ref: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+    tolerant: bool = False,
+) -> Opened:
+    """Find and open the weights and the configuration beside them; errors are those of :func:`open_adapter`.
+
+    Args:
+        ref: as for :func:`open_adapter`, and so are the others.
+        config: see there.
+        allow_pickle: see there.
+        tolerant: go on without a configuration that lies beside the weights and cannot be read.
+    """
+    given = None if config is None else _given(config)
+    if not isinstance(ref, (str, os.PathLike)):
+        return Opened("the state dict", MemorySource(ref), given or {}, "config")
+    weights, beside = _locate(local_path(ref))
+    source, name = _open_weights(weights, allow_pickle), os.fspath(ref)
+    if given is not None:
+        where = "config" if not isinstance(config, (str, os.PathLike)) else config
+        return Opened(name, source, given, where, weights, Path(where) if where is config else None)
+    if beside is None:
+        return Opened(name, source, {}, name, weights)
+    try:
+        return Opened(name, source, read_config(beside), beside, weights, beside)
+    except CorruptFile as error:
+        if not tolerant:
+            raise
+        return Opened(name, source, {}, beside, weights, beside, (error,))
+
+
+def explain(
+    opened: Opened, *, alpha: float | None = None, faults: list[BadConfig] | None = None
+) -> PeftConfig | None:
+    """The PEFT configuration that speaks of these weights; None if they are in another format.
+
+    Args:
+        opened: the parts.
+        alpha: overrides ``lora_alpha``.
+        faults: collects what is wrong with the configuration, and such a field counts as absent; by default the
+            first fault is raised.
+
+    Raises:
+        BadConfig: a field of the configuration cannot be.
+    """
+    raw = {name: value for name, value in opened.raw.items() if name != "peft_type" or value is not None}
     if alpha is not None:
-        raw = {**raw, "lora_alpha": alpha, "alpha": alpha, "alpha_pattern": {}}
-        if "peft_type" not in raw and any(key.endswith(".lora_A.weight") for key in source.specs):
-            raw = {"peft_type": "LORA", "r": _common_rank(source), **raw}
-    if _is_peft(raw, source, name):
-        adapter = read_peft(name, source, parse_config({"peft_type": "LORA", **raw}, where), _evidence(where))
-    else:
-        adapter = recognise(name, source, raw)
-    if blockwise_experts:
-        adapter = with_blockwise(adapter)
-    return adapter
-
-
-def _is_peft(raw: Mapping[str, Any], source: TensorSource, name: str) -> bool:
-    """Whether the configuration speaks of these weights: a model may lie in the same folder as an adapter."""
-    if "peft_type" not in raw and raw.get("r") is None:
-        return False
-    return not name.endswith(".safetensors") or Path(name).name in WEIGHT_NAMES or has_peft_keys(source)
-
-
-def _evidence(where: object) -> str:
-    return f"peft_type in {Path(str(where)).name}"
-
-
-def _common_rank(source: TensorSource) -> int:
-    ranks = {
-        spec.shape[0] for key, spec in source.specs.items() if key.endswith(".lora_A.weight") and spec.shape
-    }
-    if len(ranks) != 1:
-        raise BadConfig(
-            f"the file has ranks {sorted(ranks)} and no configuration says which alpha belongs to which",
-            hint="pass its adapter_config.json with --config",
+        if "peft_type" not in raw and raw.get("r") is None:
+            raw = common_config(opened.source) | raw
+        raw |= {"lora_alpha": alpha, "alpha": alpha, "alpha_pattern": {}}
+    if not _is_peft(raw, opened):
+        return None
+    config = parse_config({"peft_type": "LORA", **raw}, opened.where, faults)
+    if "peft_type" not in raw:
+        config = replace(
+            config, warnings=("the configuration has no peft_type; read as LORA", *config.warnings)
         )
-    return ranks.pop()
+    return config
+
+
+def interpret(opened: Opened, *, alpha: float | None = None) -> Adapter:
+    """Make modules of the keys, as the configuration explains them.
+
+    Raises:
+        BadConfig: a field of the configuration cannot be.
+    """
+    config = explain(opened, alpha=alpha)
+    if config is None:
+        return recognise(opened.name, opened.source, opened.raw, alpha=alpha)
+    return read_peft(opened.name, opened.source, config, evidence(opened))
+
+
+def evidence(opened: Opened) -> str:
+    """What says that these weights are PEFT's."""
+    field = "peft_type" if opened.raw.get("peft_type") else "r" if opened.raw.get("r") else "--alpha"
+    return (
+        f"{field} in {Path(str(opened.where)).name}"
+        if field != "--alpha"
+        else "its keys, and the alpha given"
+    )
+
+
+def _given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config, (str, os.PathLike)):
+        path = Path(config)
+        return read_config(path / CONFIG_NAME if path.is_dir() else path)
+    return dict(config)
+
+
+def _is_peft(raw: Mapping[str, Any], opened: Opened) -> bool:
+    """Whether the configuration speaks of these weights: a model may lie in the same folder as an adapter."""
+    if raw.get("peft_type") is None and raw.get("r") is None:
+        return False
+    return opened.weights is None or opened.weights.name in WEIGHT_NAMES or has_peft_keys(opened.source)
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
-    """The weight file, and the configuration beside it if there is one.
+    """The weight file (or the folder of a whole model), and the configuration beside it if there is one.
 
     Raises:
-        NotFound: neither a file nor a folder with adapter weights.
+        NotFound: neither a file nor a folder with weights.
         AmbiguousFormat: a folder of several adapters.
     """
     if not path.exists():
         raise NotFound(f"{path}: no such file or folder")
     if path.is_file():
-        if path.name == CONFIG_NAME:
-            return _locate(path.parent)
+        if path.suffix == ".json":
+            return _locate_by_config(path)
         config = path.parent / CONFIG_NAME
         return path, (config if config.exists() else None)
+    config = path / CONFIG_NAME
+    beside = config if config.exists() else None
     for name in WEIGHT_NAMES:
         if (path / name).exists():
-            config = path / CONFIG_NAME
-            return path / name, (config if config.exists() else None)
+            return path / name, beside
+    return _locate_unnamed(path, beside)
+
+
+def _locate_unnamed(path: Path, beside: Path | None) -> tuple[Path, Path | None]:
+    """A folder whose weights do not have an adapter's name."""
     nested = sorted(config.parent.name for config in path.glob(f"*/{CONFIG_NAME}"))
-    if nested:
+    if nested and beside is None:
         raise AmbiguousFormat(
-            f"{path} holds adapters in folders of their own: {', '.join(nested)}", hint="name one"
+            f"{path} holds adapters in folders of their own: {', '.join(nested)}",
+            hint=f"name one: {path / nested[0]}",
         )
     loose = sorted(path.glob("*.safetensors"))
     if len(loose) == 1:
-        return loose[0], (path / CONFIG_NAME if (path / CONFIG_NAME).exists() else None)
-    if (path / CONFIG_NAME).exists():
+        return loose[0], beside
+    if any(path.glob("*.safetensors.index.json")):
+        return path, beside
+    if len(loose) > 1:
+        raise AmbiguousFormat(
+            f"{path} holds several weight files: {', '.join(p.name for p in loose[:4])}",
+            hint=f"name one: {loose[0]}",
+        )
+    if beside is not None:
         raise NotFound(
             f"{path} has {CONFIG_NAME} but no adapter_model.safetensors", hint="the download is incomplete"
         )
     raise NotFound(f"{path} holds no adapter", hint="an adapter folder has adapter_model.safetensors in it")
 
 
+def _locate_by_config(path: Path) -> tuple[Path, Path | None]:
+    """A configuration was named: the weights beside it are meant.
+
+    Raises:
+        BadConfig: it is not the configuration of an adapter.
+        UnknownFormat: it is, and lies alone.
+    """
+    raw = read_config(path)
+    if path.name == CONFIG_NAME and any((path.parent / name).exists() for name in WEIGHT_NAMES):
+        return _locate(path.parent)
+    parse_config(raw, path)
+    raise UnknownFormat(
+        f"{path} is a configuration, and no adapter weights lie beside it",
+        hint="name the weights, or their folder",
+    )
+
+
 def _open_weights(path: Path, allow_pickle: bool) -> TensorSource:
+    if path.is_dir():
+        return open_weights(path).source
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise CorruptFile(
+            path, "is a Git LFS pointer, not the weights", hint="fetch the real file: git lfs pull"
+        )
     if path.suffix in SUFFIXES:
-        return PickledFile(path, allow_pickle=allow_pickle)
-    if path.suffix == ".gguf":
+        return cast("TensorSource", PickledFile(path, allow_pickle=allow_pickle))
+    if path.suffix in _UNREAD:
+        raise UnknownFormat(f"{path} is {_UNREAD[path.suffix]}, which this build does not read")
+    if start.startswith(b"GGUF"):
         raise UnknownFormat(f"{path} is GGUF, which this build does not read")
-    if path.suffix == ".npz":
-        raise UnknownFormat(f"{path} is a numpy archive, which this build does not read")
     return SafetensorsFile(path)

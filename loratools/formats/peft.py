@@ -6,19 +6,33 @@ What each key means is one table, :data:`ROLES`. Facts: PEFT 0.2 to 0.21, measur
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratools.adapter import Adapter, AdapterConfig, Extra, ExtraRole, Module
-from loratools.formats.peft_config import PeftConfig, effective_scaling
+from loratools.adapter import SAVED_EMBEDDING, Adapter, AdapterConfig, Extra, Module
+from loratools.formats.peft_config import effective_scaling
 from loratools.tensors.base import TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from loratools.adapter import ExtraRole
+    from loratools.formats.peft_config import PeftConfig
     from loratools.tensors.base import TensorSource
 
-__all__ = ["PREFIX", "ROLES", "has_peft_keys", "read_peft"]
+__all__ = [
+    "PREFIX",
+    "ROLES",
+    "Problem",
+    "broken_modules",
+    "common_config",
+    "has_peft_keys",
+    "read_peft",
+    "split_key",
+    "with_blockwise",
+]
 
 PREFIX = "base_model.model."
 
@@ -69,7 +83,15 @@ _REQUIRED = {
         {"left_a", "left_b", "right_a", "right_b"},
     ),
 }  # fmt: skip
+_DIMENSIONS = {"up_bias": 1, "magnitude": 1, "diag": 1, "scale": 1}
+_INNER = {
+    "loha": (("first_a", "first_b", "first_core"), ("second_a", "second_b", "second_core")),
+    "lokr": (("left_a", "left_b", ""), ("right_a", "right_b", "right_core")),
+}
+_RANK_FIRST = ("first_b", "left_b", "right_b")  # factors whose first dimension is the rank
 _TYPES = {"LORA": {"lora"}, "ADALORA": {"adalora"}, "IA3": {"ia3"}, "LOHA": {"loha"}, "LOKR": {"lokr"}}
+# The output projection inside torch's MultiheadAttention, which PEFT wraps together with the attention.
+_INNER_PROJECTION = ".base_layer.out_proj"
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 
 
@@ -97,27 +119,39 @@ def has_peft_keys(source: TensorSource) -> bool:
     return any(key.startswith("base_model.") or split_key(key) is not None for key in source.specs)
 
 
+def common_config(source: TensorSource) -> dict[str, Any]:
+    """A configuration that says of the ranks what the tensors say; empty where there are no LoRA factors."""
+    ranks: dict[str, int] = {}
+    for key, spec in source.specs.items():
+        found = split_key(_path(key))
+        if found is not None and found[1:] in {("lora", "down"), ("lora", "embedding_down")} and spec.shape:
+            ranks[found.path] = spec.shape[0]
+    if not ranks:
+        return {}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    odd = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    return {"peft_type": "LORA", "r": usual, "rank_pattern": odd}
+
+
+def _path(key: str) -> str:
+    """A key below the wrapped model: PEFT's prefix is dropped, however often it stands there."""
+    while key.startswith(PREFIX):
+        key = key.removeprefix(PREFIX)
+    return key
+
+
 def read_peft(name: str, source: TensorSource, config: PeftConfig, evidence: str) -> Adapter:
     """Turn keys and configuration into an :class:`~loratools.adapter.Adapter`; reads no values."""
-    groups: dict[str, dict[str, TensorRef]] = {}
-    kinds: dict[str, str] = {}
-    extras: dict[str, Extra] = {}
-    known = _TYPES.get(config.peft_type, set())
-    for key in source.specs:
-        ref, path = TensorRef(source, key), key.removeprefix(PREFIX)
-        found = split_key(path)
-        if found is not None and found.kind in known and found.role not in groups.get(found.path, {}):
-            groups.setdefault(found.path, {})[found.role] = ref
-            kinds[found.path] = found.kind
-        else:
-            extras[key] = _extra(ref, path, config)
+    groups, extras = _group(source, config)
     modules: dict[str, Module] = {}
-    for path, tensors in groups.items():
-        if any(required <= tensors.keys() for required in _REQUIRED[kinds[path]]):
-            modules[path] = _module(path, kinds[path], tensors, config)
-        else:
-            for role, ref in tensors.items():
-                extras[ref.name] = Extra(ref, path, "unclaimed", f"{role} without the factor it belongs to")
+    broken: dict[str, str] = {}
+    for (path, kind), tensors in groups.items():
+        problem = _problem(path, kind, tensors, config)
+        if problem is None:
+            modules[path] = _module(path, kind, tensors, config)
+            continue
+        broken[path] = problem.text
+        extras |= {ref.name: Extra(ref, path, "unclaimed", problem.text) for ref in tensors.values()}
     present = sorted({module.kind for module in modules.values()}) or [config.peft_type.lower()]
     return Adapter(
         name=name,
@@ -128,24 +162,116 @@ def read_peft(name: str, source: TensorSource, config: PeftConfig, evidence: str
         extras=extras,
         evidence=evidence,
         kinds=tuple(present),
-        warnings=config.warnings + _warnings(config, source),
-        refusal=_refusal(config, modules),
+        warnings=config.warnings + (() if source.specs else ("the file holds no tensors",)),
+        refusal=_refusal(config, modules) or _broken_refusal(broken),
         tensors=tuple(TensorRef(source, key) for key in source.specs),
     )
+
+
+def _group(
+    source: TensorSource, config: PeftConfig
+) -> tuple[dict[tuple[str, str], dict[str, TensorRef]], dict[str, Extra]]:
+    """The tensors of each module by role, under (path, kind); and those that belong to no module."""
+    groups: dict[tuple[str, str], dict[str, TensorRef]] = {}
+    extras: dict[str, Extra] = {}
+    known = _TYPES.get(config.peft_type, set())
+    for key in source.specs:
+        ref, path = TensorRef(source, key), _path(key)
+        found = split_key(path)
+        if found is None or found.kind not in known:
+            extras[key] = _extra(ref, path, config)
+            continue
+        roles = groups.setdefault((found.path, found.kind), {})
+        if found.role in roles:
+            reason = f"{roles[found.role].name} is the same factor under another name"
+            extras[key] = Extra(ref, found.path, "unclaimed", reason)
+        else:
+            roles[found.role] = ref
+    return groups, extras
+
+
+class Problem(NamedTuple):
+    """Why tensors that look like a module make none."""
+
+    code: str
+    text: str
+
+
+def broken_modules(source: TensorSource, config: PeftConfig) -> dict[str, tuple[Problem, tuple[str, ...]]]:
+    """Modules that cannot be one: their problem, and the tensors concerned."""
+    found = {}
+    for (path, kind), tensors in _group(source, config)[0].items():
+        problem = _problem(path, kind, tensors, config)
+        if problem is not None:
+            found[path] = problem, tuple(ref.name for ref in tensors.values())
+    return found
+
+
+def _problem(path: str, kind: str, tensors: Mapping[str, TensorRef], config: PeftConfig) -> Problem | None:
+    """Why these tensors make no module; None if they do."""
+    if not any(required <= tensors.keys() for required in _REQUIRED[kind]):
+        have = ", ".join(tensors)
+        return Problem("unpaired-factor", f"{have} without the factor it belongs to")
+    for role, ref in tensors.items():
+        if role == "ranknum":
+            continue
+        least = _DIMENSIONS.get(role, 2)
+        if 0 in ref.shape:
+            text = f"{role} is empty {list(ref.shape)}: saved without gathering it (DeepSpeed ZeRO-3)"
+            return Problem("empty-factor", text)
+        if len(ref.shape) < least:
+            text = f"{role} has shape {list(ref.shape)}, expected {least} dimensions or more"
+            return Problem("factor-dimensions", text)
+    shapes = {role: ref.shape for role, ref in tensors.items()}
+    misfit = _misfit(kind, shapes, _blocks(path, config), config)
+    return None if misfit is None else Problem("factors-disagree", misfit)
+
+
+def _misfit(
+    kind: str, shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, int], config: PeftConfig
+) -> str | None:
+    """Two factors whose inner dimensions differ, or a vector of the wrong length."""
+    if kind in {"lora", "adalora"} and not blocks and not _enabled(config):
+        down = shapes.get("down") or shapes["embedding_down"]
+        up = shapes.get("up") or shapes["embedding_up"]
+        if len(down) < 3 and up[1] != down[0]:
+            return f"down {list(down)} and up {list(up)} have different ranks"
+        for role, wanted in (
+            ("up_bias", up[0]),
+            ("magnitude", up[0]),
+            ("diag", down[0]),
+            ("singular", down[0]),
+        ):
+            if role in shapes and prod(shapes[role]) != wanted:
+                return f"{role} {list(shapes[role])} should have {wanted} values"
+    for a, b, core in _INNER.get(kind, ()):
+        if a in shapes and b in shapes and core not in shapes and shapes[a][1] != shapes[b][0]:
+            return f"{a} {list(shapes[a])} and {b} {list(shapes[b])} have different ranks"
+    return None
+
+
+def _enabled(config: PeftConfig) -> list[bool]:
+    """Which blocks of a fused weight the merged-linear layout of PEFT before 0.3 adapts; empty otherwise."""
+    listed = config.raw.get("enable_lora")
+    return [bool(one) for one in listed] if isinstance(listed, list) and any(listed) else []
 
 
 def _module(path: str, kind: str, tensors: Mapping[str, TensorRef], config: PeftConfig) -> Module:
     if kind == "ia3":
         scale = tensors["scale"].shape
-        feedforward = _is_listed(path, config.feedforward_modules)
+        if len(scale) == 2 and scale != (1, 1):  # a matrix's: (1, in) or (out, 1)
+            feedforward = scale[0] == 1
+        else:  # a convolution's is (1, features, 1, 1) either way
+            feedforward = config.feedforward_modules.matches(path)
         return Module(kind, tensors, None, None, None, scale, {"feedforward": feedforward})
     rank, alpha, scaling = effective_scaling(config, _pattern_name(path, config))
     if kind == "adalora":
         return _adalora(tensors, alpha)
-    if kind == "loha":
-        return Module(kind, tensors, rank, alpha, scaling, _loha_shape(tensors))
-    if kind == "lokr":
-        return Module(kind, tensors, rank, alpha, scaling, _lokr_shape(tensors))
+    if kind in {"loha", "lokr"}:
+        shape = _loha_shape(tensors) if kind == "loha" else _lokr_shape(tensors)
+        stored = next((tensors[role].shape[0] for role in _RANK_FIRST if role in tensors), rank)
+        options = {} if stored == rank else {"config_rank": rank}
+        return Module(kind, tensors, stored, alpha, scaling, shape, options)
     return _lora(path, dict(tensors), config, (rank, alpha, scaling))
 
 
@@ -158,11 +284,17 @@ def _lora(
         tensors["down"], tensors["up"] = tensors.pop("embedding_down"), tensors.pop("embedding_up")
         options["embedding"] = True
     down, up = tensors["down"].shape, tensors["up"].shape
-    stored = down[0] if down else 0
+    stored = down[0]
     options |= _blocks(path, config)
+    if path.endswith(_INNER_PROJECTION) and _adds_twice(config):
+        options["times"], scaling = 2, 2 * scaling
     if config.target_parameters and stored != rank and stored % rank == 0 and up[-1:] == down[:1]:
         options["experts"] = stored // rank
         stored = rank
+    enabled = _enabled(config)
+    if enabled and stored == up[1] * sum(enabled):
+        options["blocks"] = sum(enabled)
+        stored, up = up[1], (up[0] * len(enabled) // sum(enabled), *up[1:])
     if isinstance(config.init, str) and config.init.lower() in {"pissa", "olora"}:
         options["init"] = config.init.lower()
     if "diag" in tensors:
@@ -174,13 +306,21 @@ def _lora(
     return Module(kind, tensors, stored, alpha, scaling, shape, options)
 
 
+def _adds_twice(config: PeftConfig) -> bool:
+    """Whether the delta of an attention's output projection counts twice.
+
+    PEFT up to 0.21 adds it twice, in every forward pass (so in training) as in merging; the model that was trained
+    is the one with two (https://github.com/huggingface/peft/pull/3774).
+    """
+    numbers = re.findall(r"\d+", str(config.raw.get("peft_version") or ""))[:2]
+    return tuple(map(int, numbers)) < (0, 22)
+
+
 def _factored_shape(
     down: tuple[int, ...], up: tuple[int, ...], options: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """Shape of up @ down with block-diagonal factors expanded and a kernel's dimensions kept."""
-    out = up[0] if up else 0
-    columns = down[1] if len(down) > 1 else 0
-    return (out, columns * options.get("down_blocks", 1), *down[2:])
+    return (up[0], down[1] * options.get("down_blocks", 1), *down[2:])
 
 
 def _blocks(path: str, config: PeftConfig) -> dict[str, int]:
@@ -225,7 +365,7 @@ def _lokr_shape(tensors: Mapping[str, TensorRef]) -> tuple[int, ...]:
 
 def _pattern_name(path: str, config: PeftConfig) -> str:
     """What PEFT matches patterns against: the module, or module.parameter for a targeted parameter."""
-    bare = path.replace(".base_layer", "")
+    bare = path.removesuffix(_INNER_PROJECTION).replace(".base_layer", "")
     if config.target_parameters:
         names = [p.rpartition(".") for p in config.target_parameters]
         mine = [last for owner, _, last in names if bare == owner or bare.endswith("." + owner)]
@@ -239,12 +379,6 @@ def _pattern_name(path: str, config: PeftConfig) -> str:
 def _definition_order(parameter: str) -> tuple[int, str]:
     order = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
     return (order.index(parameter) if parameter in order else len(order), parameter)
-
-
-def _is_listed(path: str, listed: tuple[str, ...] | str) -> bool:
-    if isinstance(listed, str):
-        return re.fullmatch(listed, path) is not None
-    return any(path == name or path.endswith("." + name) for name in listed)
 
 
 def _extra(ref: TensorRef, path: str, config: PeftConfig) -> Extra:
@@ -275,7 +409,9 @@ def _role(path: str, bare: str, config: PeftConfig) -> tuple[ExtraRole, str]:
     if last == "weight" and path.endswith(".base_layer.weight"):
         return "base_copy", "the base embedding beside its LoRA"
     if last == "weight" and any(_ends(owner, name) for name in _EMBEDDINGS):
-        return "replacement", "saved embedding"
+        return "replacement", SAVED_EMBEDDING
+    if last == "weight" and config.tie_weights and config.modules_to_save:
+        return "replacement", "tied to a module of modules_to_save"
     if last == "bias" and config.bias.endswith("_only"):
         return "replacement", f"bias={config.bias}"
     return "unclaimed", "no field of the configuration explains it"
@@ -290,38 +426,49 @@ def _within(path: str, name: str) -> bool:
     return f".{name}." in f".{path}."
 
 
-def _warnings(config: PeftConfig, source: TensorSource) -> tuple[str, ...]:
-    found = []
-    if config.peft_type not in _TYPES:
-        found.append(f"{config.peft_type} is not a LoRA: recognised, not computed with")
-    if not source.specs:
-        found.append("the file holds no tensors")
-    return tuple(found)
-
-
 _PLAIN = ("PiSSA, OLoRA, CorDA and LoRA-GA adapters become plain ones in PEFT: "
           "save_pretrained(path_initial_model_for_weight_conversion=...)")  # fmt: skip
 
 # Initialisations that changed the base in a way that cannot be redone from the base alone.
 _LOST_BASES = {
     "pissa_niter": "was trained against a base minus a randomised SVD, which cannot be reproduced",
-    "corda": "was trained against a base minus a data-dependent decomposition (CorDA), which is not in the file",
-    "lora_ga": "was trained against a base minus a gradient-dependent start (LoRA-GA), which is not in the file",
+    "corda": "was trained against a base minus a data-dependent part (CorDA) that is not in the file",
+    "lora_ga": "was trained against a base minus a gradient-dependent part (LoRA-GA) that is not in the file",
     "loftq": "was trained against a re-quantised base (LoftQ), which is not the one here",
+}
+
+
+_PROMPTS = {
+    "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+}  # fmt: skip
+# Fields that, where they are set, leave an adapter without a meaning as an update of the weights; and the way out.
+_REFUSED_FIELDS = {
+    "enable_lora": (
+        "uses the merged-linear layout of PEFT before 0.3 (enable_lora)",
+        "its blocks must be placed by hand; conversion of it is not in this build",
+    ),
+    "alora_invocation_tokens": (
+        "is an activated LoRA (aLoRA): it applies to some tokens only",
+        "keep it as an adapter",
+    ),
+    "arrow_config": (
+        "is an Arrow router over several adapters: its choice depends on the input",
+        "merge the experts it routes",
+    ),
+    "use_qalora": (
+        "is a QALoRA: its A works on groups of inputs of a quantised base",
+        "serve it with the base it was trained on",
+    ),
+    "layer_replication": (
+        "replicates layers (layer_replication): copies with different deltas share one stored weight",
+        "write out the replicated base first, then merge without layer_replication",
+    ),
 }
 
 
 def _refusal(config: PeftConfig, modules: Mapping[str, Module]) -> tuple[str, str] | None:
     """Why this adapter has no meaning as an update of the weights, and the way out."""
-    raw = config.raw
-    if config.peft_type in {
-        "PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "ADAPTION_PROMPT",
-        "CPT",
-    }:
+    if config.peft_type in _PROMPTS:
         return (
             f"{config.peft_type} steers the model through its inputs; there is nothing to merge",
             "keep it as an adapter and load it with PEFT",
@@ -331,34 +478,14 @@ def _refusal(config: PeftConfig, modules: Mapping[str, Module]) -> tuple[str, st
             f"{config.peft_type} adapters are not computed with by this build",
             "PEFT's save_as_lora turns many kinds into a LoRA",
         )
-    if isinstance(config.init, str):
-        for start, reason in _LOST_BASES.items():
-            if config.init.lower().startswith(start):
-                return reason, _PLAIN
-    if raw.get("loftq_config") and config.init == "loftq":
-        return _LOST_BASES["loftq"], _PLAIN
-    if raw.get("enable_lora"):
-        return (
-            "uses the merged-linear layout of PEFT before 0.3 (enable_lora)",
-            "its blocks must be placed by hand; conversion of it is not in this build",
-        )
-    if raw.get("alora_invocation_tokens"):
-        return "is an activated LoRA (aLoRA): it applies to some tokens only", "keep it as an adapter"
-    if raw.get("arrow_config"):
-        return (
-            "is an Arrow router over several adapters: its choice depends on the input",
-            "merge the experts it routes",
-        )
-    if raw.get("use_qalora"):
-        return (
-            "is a QALoRA: its A works on groups of inputs of a quantised base",
-            "serve it with the base it was trained on",
-        )
-    if raw.get("layer_replication"):
-        return (
-            "replicates layers (layer_replication): several copies with different deltas share one stored weight",
-            "write out the replicated base first, then merge without layer_replication",
-        )
+    init = config.init.lower() if isinstance(config.init, str) else ""
+    for start, reason in _LOST_BASES.items():
+        if init.startswith(start):
+            return reason, _PLAIN
+    for name, refusal in _REFUSED_FIELDS.items():
+        value = config.raw.get(name)
+        if any(value) if name == "enable_lora" and isinstance(value, list) else value:
+            return refusal
     grouped = next((p for p, m in modules.items() if _is_grouped(m)), None)
     if grouped is not None:
         return (
@@ -366,6 +493,17 @@ def _refusal(config: PeftConfig, modules: Mapping[str, Module]) -> tuple[str, st
             "keep it as an adapter",
         )
     return None
+
+
+def _broken_refusal(broken: Mapping[str, str]) -> tuple[str, str] | None:
+    if not broken:
+        return None
+    path, problem = next(iter(broken.items()))
+    more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
+    return (
+        f"{path} is broken{more}: {problem}",
+        "loratools validate lists every fault; save the adapter again",
+    )
 
 
 def _is_grouped(module: Module) -> bool:

@@ -1,37 +1,44 @@
-"""``adapter_config.json`` of PEFT: its fields checked, its patterns matched as PEFT matches them, its scaling resolved.
+"""``adapter_config.json`` of PEFT: its fields checked, and its scaling resolved.
 
-:func:`effective_scaling` is the only place where an alpha becomes a factor. A pattern is a regular expression from a
-file of unknown origin, so its size is bounded, and so is the time it may take.
+:func:`effective_scaling` is the only place where an alpha becomes a factor.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratools.errors import BadConfig, CorruptFile, NotFound
+from loratools.formats.patterns import MAX_PATTERN, Names, Patterns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["CONFIG_NAME", "PeftConfig", "effective_scaling", "first_match", "read_config"]
+__all__ = [
+    "COMPUTED",
+    "CONFIG_NAME",
+    "PeftConfig",
+    "effective_scaling",
+    "first_match",
+    "parse_config",
+    "read_config",
+]
+
+T = TypeVar("T")
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG = 8_000_000  # bytes
-MAX_PATTERN = 1_000  # characters
 MAX_PATTERNS = 50_000
-PATTERN_SECONDS = 0.2
 DEFAULT_RANK = 8  # of PEFT's dataclass, which a file without the field means
 DEFAULT_ALPHA = 8
 MAX_RANK = 1_000_000
 
-_LITERAL = re.compile(r"(\^?)((?:[\w-]|\\[.\-])+)(\$?)")
-_WILDCARDS_ONLY = re.compile(r"\^?(?:[\w.-]|\\[.\-dw])+\$?")
+# The types whose rank and alpha this build computes with; in others, r may well be 0.
+COMPUTED = ("LORA", "ADALORA", "LOHA", "LOKR")
+_ALPHA_FIELDS = {"LOHA": "alpha", "LOKR": "alpha"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +53,13 @@ class PeftConfig:
     use_dora: bool = False
     bias: str = "none"
     init: object = True  # init_lora_weights
-    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    rank_pattern: Patterns = field(default_factory=Patterns)
+    alpha_pattern: Patterns = field(default_factory=Patterns)
     modules_to_save: tuple[str, ...] = ()
-    target_modules: tuple[str, ...] | str | None = None
+    target_modules: Names = field(default_factory=lambda: Names(None))
+    exclude_modules: Names = field(default_factory=lambda: Names(None))
     target_parameters: tuple[str, ...] = ()
-    feedforward_modules: tuple[str, ...] | str = ()
+    feedforward_modules: Names = field(default_factory=lambda: Names(None))
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     block_diagonal: Mapping[str, Any] | None = None  # use_bdlora
     tie_weights: bool = False  # ensure_weight_tying
@@ -85,42 +93,51 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def parse_config(raw: Mapping[str, Any], where: object = CONFIG_NAME) -> PeftConfig:
+def parse_config(
+    raw: Mapping[str, Any], where: object = CONFIG_NAME, faults: list[BadConfig] | None = None
+) -> PeftConfig:
     """Check the fields that decide what is computed.
+
+    Args:
+        raw: the JSON object.
+        where: what a message calls it.
+        faults: collects every fault, and the field counts as absent; by default the first one is raised.
 
     Raises:
         BadConfig: a field of the wrong type or out of range, named.
     """
-    check = _Checker(raw, where)
-    peft_type = check.text("peft_type")
-    if peft_type is None:
-        raise BadConfig(f"{where}: no peft_type", hint="is this the configuration of an adapter?")
-    kind = peft_type.upper()
+    check = _Checker(raw, where, faults)
+    kind = check.peft_type()
+    alpha_field = _ALPHA_FIELDS.get(kind, "lora_alpha")
+    computed = kind in COMPUTED
     warnings = []
-    if kind == "LORA" and raw.get("r") is None:
-        warnings.append(f"the configuration has no r; PEFT takes {DEFAULT_RANK}")
-    alpha_field = "alpha" if kind in {"LOHA", "LOKR"} else "lora_alpha"
-    if kind in {"LORA", "LOHA", "LOKR"} and raw.get(alpha_field) is None:
-        warnings.append(f"the configuration has no {alpha_field}; PEFT takes {DEFAULT_ALPHA}")
+    if kind in COMPUTED and kind != "ADALORA":
+        defaults = {"r": DEFAULT_RANK, alpha_field: DEFAULT_ALPHA}
+        warnings += [
+            f"the configuration has no {name}; PEFT takes {value}"
+            for name, value in defaults.items()
+            if raw.get(name) is None
+        ]
     # AdaLoRA's rank_pattern says which ranks survived, as booleans; its ranks are read from the tensors.
-    patterns = {} if kind == "ADALORA" else check.patterns("rank_pattern")
+    rank_field = "init_r" if kind == "ADALORA" else "r"
     return PeftConfig(
         peft_type=kind,
         base_model=check.text("base_model_name_or_path"),
-        rank=check.count("init_r" if kind == "ADALORA" else "r", DEFAULT_RANK),
-        alpha=check.number(alpha_field, DEFAULT_ALPHA),
+        rank=check.count(rank_field, DEFAULT_RANK) if computed else DEFAULT_RANK,
+        alpha=check.number(alpha_field, DEFAULT_ALPHA) if computed else DEFAULT_ALPHA,
         use_rslora=check.flag("use_rslora"),
         use_dora=check.flag("use_dora"),
-        bias=check.text("bias") or "none",
+        bias=(check.text("bias") if computed else None) or "none",
         init=raw.get("init_lora_weights", True),
-        rank_pattern=patterns,
-        alpha_pattern=check.patterns("alpha_pattern"),
+        rank_pattern=check.patterns("rank_pattern") if computed and kind != "ADALORA" else Patterns(),
+        alpha_pattern=check.patterns("alpha_pattern") if computed else Patterns(),
         modules_to_save=check.names("modules_to_save"),
         target_modules=check.names_or_pattern("target_modules"),
-        target_parameters=check.names("target_parameters"),
-        feedforward_modules=check.names_or_pattern("feedforward_modules") or (),
+        exclude_modules=check.names_or_pattern("exclude_modules"),
+        target_parameters=check.names("target_parameters") if computed else (),
+        feedforward_modules=check.names_or_pattern("feedforward_modules"),
         token_indices=check.token_indices(kind),
-        block_diagonal=raw.get("use_bdlora") if isinstance(raw.get("use_bdlora"), dict) else None,
+        block_diagonal=check.block_diagonal(),
         tie_weights=check.flag("ensure_weight_tying"),
         raw=raw,
         warnings=tuple(warnings),
@@ -130,38 +147,58 @@ def parse_config(raw: Mapping[str, Any], where: object = CONFIG_NAME) -> PeftCon
 class _Checker:
     """Typed reads of a JSON object, with the field's name in every complaint."""
 
-    def __init__(self, raw: Mapping[str, Any], where: object) -> None:
+    def __init__(self, raw: Mapping[str, Any], where: object, faults: list[BadConfig] | None) -> None:
         self.raw = raw
         self.where = where
+        self.faults = faults
 
-    def fail(self, name: str, wanted: str) -> BadConfig:
-        return BadConfig(f"{self.where}: {name} is {str(self.raw.get(name))[:60]!r}, expected {wanted}")
+    def fault(self, message: str, default: T, hint: str | None = None) -> T:
+        """Raise, or collect and go on with ``default``."""
+        error = BadConfig(f"{self.where}: {message}", hint=hint)
+        if self.faults is None:
+            raise error
+        self.faults.append(error)
+        return default
+
+    def wrong(self, name: str, wanted: str, default: T) -> T:
+        value = self.raw.get(name)
+        shown = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+        return self.fault(f"{name} is {shown[:60]}, expected {wanted}", default)
+
+    def peft_type(self) -> str:
+        value = self.raw.get("peft_type")
+        if value is None:
+            hint = "is this the configuration of an adapter?"
+            return self.fault("no peft_type", "LORA", hint)
+        if not isinstance(value, str):
+            return self.wrong("peft_type", "a name such as LORA", "LORA")
+        return value.upper().removeprefix("PEFTTYPE.")
 
     def text(self, name: str) -> str | None:
         value = self.raw.get(name)
         if value is not None and not isinstance(value, str):
-            raise self.fail(name, "a string")
+            return self.wrong(name, "a string", None)
         return value
 
     def flag(self, name: str) -> bool:
         value = self.raw.get(name)
         if value is not None and not isinstance(value, bool):
-            raise self.fail(name, "true or false")
+            return self.wrong(name, "true or false", False)
         return bool(value)
 
     def count(self, name: str, default: int) -> int:
         value = self.raw.get(name)
         value = default if value is None else value
         if type(value) is not int or not 1 <= value <= MAX_RANK:
-            raise self.fail(name, f"a whole number from 1 to {MAX_RANK:,}")
+            return self.wrong(name, f"a whole number from 1 to {MAX_RANK:,}", default)
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.raw.get(name)
         value = default if value is None else value
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.fail(name, "a number")
-        return value  # type: ignore[no-any-return]
+            return self.wrong(name, "a number", default)
+        return value
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.raw.get(name)
@@ -170,27 +207,32 @@ class _Checker:
         if isinstance(value, str):
             return (value,)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.fail(name, "a list of names")
+            return self.wrong(name, "a list of names", ())
         return tuple(value)
 
-    def names_or_pattern(self, name: str) -> tuple[str, ...] | str | None:
+    def names_or_pattern(self, name: str) -> Names:
         value = self.raw.get(name)
         if isinstance(value, str) and len(value) > MAX_PATTERN * 100:
-            raise self.fail(name, "a shorter pattern")
-        return value if value is None or isinstance(value, str) else self.names(name)
+            return self.wrong(name, "a shorter pattern", Names(None))
+        found = value if value is None or isinstance(value, str) else self.names(name)
+        return Names(found, f"{self.where}: {name}", self.faults)
 
-    def patterns(self, name: str) -> dict[str, Any]:
+    def patterns(self, name: str) -> Patterns:
         value = self.raw.get(name) or {}
         if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-            raise self.fail(name, f"an object of at most {MAX_PATTERNS:,} patterns")
+            return self.wrong(name, f"an object of at most {MAX_PATTERNS:,} patterns", Patterns())
+        kept = {}
         for pattern, number in value.items():
+            entry = f"{name}[{pattern[:60]!r}]"
             if len(pattern) > MAX_PATTERN:
-                raise BadConfig(f"{self.where}: a pattern of {len(pattern):,} characters in {name}")
-            if type(number) not in (int, float) or not math.isfinite(number):
-                raise BadConfig(f"{self.where}: {name}[{pattern[:60]!r}] is not a number")
-            if name == "rank_pattern" and (type(number) is not int or not 1 <= number <= MAX_RANK):
-                raise BadConfig(f"{self.where}: {name}[{pattern[:60]!r}] is {number}, expected a rank")
-        return dict(value)
+                self.fault(f"a pattern of {len(pattern):,} characters in {name}", None)
+            elif type(number) not in (int, float) or not math.isfinite(number):
+                self.fault(f"{entry} is not a number", None)
+            elif name == "rank_pattern" and (type(number) is not int or not 1 <= number <= MAX_RANK):
+                self.fault(f"{entry} is {number}, expected a rank", None)
+            else:
+                kept[pattern] = number
+        return Patterns(kept, f"{self.where}: {name}", self.faults)
 
     def token_indices(self, kind: str) -> dict[str, tuple[int, ...]]:
         name = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
@@ -205,8 +247,23 @@ class _Checker:
             for rows in value.values()
         )
         if not ok:
-            raise self.fail(name, "lists of token indices")
+            return self.wrong(name, "lists of token indices", {})
         return {embedding: tuple(rows) for embedding, rows in value.items()}
+
+    def block_diagonal(self) -> Mapping[str, Any] | None:
+        """``use_bdlora``, with its lists of names and its count checked: they decide how factors are read."""
+        value = self.raw.get("use_bdlora")
+        if not value:
+            return None
+        lists = ("target_modules_bd_a", "target_modules_bd_b")
+        blocks = value.get("nblocks", 1) if isinstance(value, dict) else 0
+        named = isinstance(value, dict) and all(
+            isinstance(value.get(key) or [], list) and all(isinstance(n, str) for n in value.get(key) or [])
+            for key in lists
+        )
+        if not named or type(blocks) is not int or not 1 <= blocks <= MAX_RANK:
+            return self.wrong("use_bdlora", "an object with nblocks and lists of module names", None)
+        return value  # type: ignore[no-any-return]
 
 
 def effective_scaling(config: PeftConfig, name: str) -> tuple[int, float, float]:
@@ -225,54 +282,18 @@ def effective_scaling(config: PeftConfig, name: str) -> tuple[int, float, float]
     Raises:
         BadConfig: a pattern takes too long, or is no regular expression.
     """
-    rank = first_match(config.rank_pattern, name, config.rank)
-    alpha = first_match(config.alpha_pattern, name, config.alpha)
+    rank = config.rank_pattern.first(name, config.rank)
+    alpha = config.alpha_pattern.first(name, config.alpha)
     return rank, alpha, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern, in the file's order, that ends ``name`` at a dot.
+    r"""The value of the first pattern, in the file's order, that ends ``name`` at a dot.
 
-    PEFT's rule (``get_pattern_key``): ``re.match(rf"(.*\\.)?({key})$", name)``.
-
-    >>> first_match({"q_proj": 4, r"layers\\.0\\.q_proj": 8}, "model.layers.0.q_proj", 16)
+    >>> first_match({"q_proj": 4, r"layers\.0\.q_proj": 8}, "model.layers.0.q_proj", 16)
     4
+
+    Raises:
+        BadConfig: a pattern takes too long, or is no regular expression.
     """
-    for pattern, value in patterns.items():
-        if _matches(pattern, name):
-            return value
-    return default
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if literal := _LITERAL.fullmatch(pattern):
-        text = literal[2].replace("\\", "")
-        return name == text or (not literal[1] and name.endswith("." + text))
-    return _compiled(pattern)(name)
-
-
-@lru_cache(maxsize=MAX_PATTERNS)
-def _compiled(pattern: str) -> Any:
-    """A function from a name to whether it matches, which stops in bounded time."""
-    whole = rf"(.*\.)?({pattern})$"
-    try:
-        if _WILDCARDS_ONLY.fullmatch(pattern):  # no repetition or choice: nothing to run away with
-            return re.compile(whole).match
-        import regex
-
-        compiled = regex.compile(whole)
-    except (re.error, ValueError) as error:
-        raise BadConfig(f"pattern {pattern[:60]!r} is no regular expression: {error}") from error
-    except Exception as error:  # regex.error has its own tree
-        raise BadConfig(f"pattern {pattern[:60]!r} is no regular expression: {error}") from error
-
-    def match(name: str) -> Any:
-        try:
-            return compiled.match(name, timeout=PATTERN_SECONDS)
-        except TimeoutError as error:
-            raise BadConfig(
-                f"pattern {pattern[:60]!r} takes too long to match {name}",
-                hint="such a pattern can be written to stall whoever loads the file",
-            ) from error
-
-    return match
+    return Patterns(patterns).first(name, default)

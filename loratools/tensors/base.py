@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from loratools.dtypes import Array, Dtype
 
-__all__ = ["Extent", "TensorRef", "TensorSource", "TensorSpec"]
+__all__ = ["Extent", "TensorRef", "TensorSource", "TensorSpec", "span"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,20 @@ class Extent(NamedTuple):
     path: str
     offset: int  # bytes from the start of the file
     nbytes: int
+
+
+def span(spec: TensorSpec, start: int, stop: int | None) -> tuple[int, int]:
+    """Offset and length, in bytes, of elements ``start`` to ``stop`` of a tensor.
+
+    Raises:
+        IndexError: they are not all in the tensor, or do not begin and end on a byte.
+    """
+    stop = spec.count if stop is None else stop
+    if not 0 <= start <= stop <= spec.count:
+        raise IndexError(f"elements {start} to {stop} of a tensor of {spec.count}")
+    if start * spec.dtype.bits % 8 or stop * spec.dtype.bits % 8:
+        raise IndexError(f"elements {start} to {stop} of {spec.dtype.bits} bits share a byte with others")
+    return spec.dtype.nbytes(start), spec.dtype.nbytes(stop - start)
 
 
 class TensorSource(Protocol):

@@ -12,13 +12,13 @@ import stat
 import threading
 from typing import TYPE_CHECKING
 
-from loratools.errors import CorruptFile, NotFound
+from loratools.errors import CorruptFile, InputError, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["File", "copy_range", "sync_folder"]
+__all__ = ["File", "copy_range", "read_whole", "sync_folder"]
 
 _CHUNK = 1 << 30
 _BUFFER = 1 << 20
@@ -32,15 +32,15 @@ class File:
     """A regular file read and written at offsets, from any thread. Pickles as its path."""
 
     def __init__(self, path: str | os.PathLike[str], *, write: bool = False) -> None:
+        self._opened: list[int] = []
         self.path = os.fspath(path)
         self.write_mode = write
         self._shared: int | None = None
         self._local = threading.local()
-        self._opened: list[int] = []
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[File], tuple[str], dict[str, bool]]:
-        return (File, (self.path,), {"write_mode": self.write_mode})
+    def __reduce__(self) -> tuple[Callable[..., File], tuple[str, bool]]:
+        return (_reopen, (self.path, self.write_mode))
 
     def __del__(self) -> None:
         self.close()
@@ -63,11 +63,12 @@ class File:
         flags = (os.O_RDWR if self.write_mode else os.O_RDONLY) | getattr(os, "O_BINARY", 0)
         try:
             fd = os.open(self.path, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-        except FileNotFoundError as error:
-            raise NotFound(f"{self.path}: no such file") from error
-        self._opened.append(fd)
+        except OSError as error:
+            raise _not_opened(self.path, error) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
             raise CorruptFile(self.path, "not a regular file")
+        self._opened.append(fd)
         return fd
 
     def close(self) -> None:
@@ -106,13 +107,48 @@ class File:
         fd, done = self.fd, 0
         while done < len(view):
             part = view[done : done + _CHUNK]
-            done += (
+            moved = (
                 os.pwritev(fd, [part], offset + done) if _POSITIONAL else _seek_write(fd, part, offset + done)
             )
+            if moved <= 0:  # no error and no progress: a loop would never end
+                raise OSError(errno.EIO, "a write moved no bytes", self.path)
+            done += moved
 
     def sync(self) -> None:
         """Wait until the file's bytes are on the disk."""
         getattr(os, "fdatasync", os.fsync)(self.fd)
+
+
+def _reopen(path: str, write: bool) -> File:
+    return File(path, write=write)
+
+
+def _not_opened(path: str, error: OSError) -> Exception:
+    """Why a file could not be opened, as one of this package's errors where it says something of the input."""
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{path}: no such file")
+    if isinstance(error, IsADirectoryError):
+        return CorruptFile(path, "not a regular file")
+    if error.errno in {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}:
+        return InputError(f"{path}: cannot be opened ({os.strerror(error.errno)})")
+    return error
+
+
+def read_whole(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All of a small file; never a pipe or a device, which could block or have no end.
+
+    Raises:
+        NotFound: no such file.
+        CorruptFile: not a regular file, or more than ``limit`` bytes.
+    """
+    file = File(path)
+    try:
+        size = file.size()
+        if size > limit:
+            raise CorruptFile(file.path, f"{size:,} bytes; {limit:,} are allowed")
+        return file.read(size, 0)
+    finally:
+        file.close()
 
 
 def _seek_read(fd: int, view: memoryview, offset: int) -> int:
@@ -152,9 +188,7 @@ def _kernel_copy(source: File, source_offset: int, target: File, target_offset: 
             if error.errno in _NO_KERNEL_COPY:
                 break
             raise
-        if (
-            moved == 0
-        ):  # the end of the source, or a file system that answers 0 for "cannot": reading will tell
+        if moved == 0:  # the end, or a file system that answers 0 for "cannot": reading will tell
             break
         done += moved
     return done

@@ -9,19 +9,30 @@ repeated keys, names with control or bidirectional characters, shapes of absurd 
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratools.dtypes import DTYPES
-from loratools.errors import CorruptFile, printable
+from loratools.errors import CorruptFile, quoted
 from loratools.tensors.base import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["MAX_HEADER", "MAX_TENSORS", "Header", "layout", "parse_header", "read_length"]
+__all__ = [
+    "MAX_HEADER",
+    "MAX_TENSORS",
+    "Header",
+    "check_name",
+    "layout",
+    "parse_header",
+    "read_json",
+    "read_length",
+]
 
 MAX_HEADER = 16_000_000  # bytes; a header of 1,000 tensors has about 120,000
 MAX_TENSORS = 100_000
@@ -30,6 +41,7 @@ MAX_ELEMENTS = 1 << 48
 MAX_NAME = 1_000  # characters
 ALIGNMENT = 8
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -55,12 +67,7 @@ def read_length(path: object, start: bytes, size: int) -> int:
     Raises:
         CorruptFile: this cannot be a safetensors file.
     """
-    if start.startswith(_LFS_POINTER):
-        raise CorruptFile(
-            path,
-            "is a Git LFS pointer, not the weights",
-            hint="fetch the real file: git lfs pull, or loratools pull",
-        )
+    _require_no_pointer(path, start)
     if size < ALIGNMENT:
         raise CorruptFile(path, f"{size} bytes cannot hold a safetensors header")
     length = int.from_bytes(start[:8], "little")
@@ -78,6 +85,13 @@ def read_length(path: object, start: bytes, size: int) -> int:
     return length
 
 
+def _require_no_pointer(path: object, start: bytes) -> None:
+    if start.startswith(_LFS_POINTER):
+        raise CorruptFile(
+            path, "is a Git LFS pointer, not the file itself", hint="fetch the real file: git lfs pull"
+        )
+
+
 def parse_header(path: object, text: bytes, size: int) -> Header:
     """Check and order the entries of a header.
 
@@ -93,11 +107,15 @@ def parse_header(path: object, text: bytes, size: int) -> Header:
     def fail(problem: str) -> NoReturn:
         raise CorruptFile(path, problem)
 
-    entries = _parse_json(path, text)
+    if text[:1] != b"{":
+        fail("header does not begin with '{'")
+    entries = read_json(path, text, "header")
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         fail("__metadata__ is not a map from strings to strings")
+    if any(_SURROGATE.search(part) for pair in metadata.items() for part in pair):
+        fail("__metadata__ holds half of a UTF-16 pair, which is not text")
     if len(entries) > MAX_TENSORS:
         fail(f"{len(entries):,} tensors; {MAX_TENSORS:,} are allowed")
     placed = sorted((_entry(path, name, entry) for name, entry in entries.items()), key=lambda p: p[2:])
@@ -113,45 +131,54 @@ def parse_header(path: object, text: bytes, size: int) -> Header:
     return Header(specs, offsets, metadata, data_start, size)
 
 
-def _parse_json(path: object, text: bytes) -> dict[str, Any]:
+def read_json(path: object, text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: of two equal keys, one parser takes the first, another the last.
+
+    Raises:
+        CorruptFile: it is not JSON in UTF-8, not an object, or repeats a key; ``what`` is called by name.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CorruptFile(path, f"{twice!r} stands twice in the header")
+            (twice, _count), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise CorruptFile(path, f"{quoted(twice)} stands twice in the {what}")
         return result
 
     def constant(name: str) -> NoReturn:
-        raise CorruptFile(path, f"{name} in the header")
+        raise CorruptFile(path, f"{name} in the {what}")
 
-    if text[:1] != b"{":
-        raise CorruptFile(path, "header does not begin with '{'")
+    _require_no_pointer(path, text)
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except RecursionError as error:
+        raise CorruptFile(path, f"{what} is not JSON: nested too deeply") from error
+    except ValueError as error:
         if isinstance(error, CorruptFile):
             raise
-        raise CorruptFile(path, f"header is not JSON: {error}") from error
-    assert isinstance(entries, dict)  # it begins with a brace
-    return entries
+        raise CorruptFile(path, f"{what} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise CorruptFile(path, f"{what} is not a JSON object")
+    return parsed
 
 
 def _entry(path: object, name: str, entry: object) -> tuple[str, TensorSpec, int, int]:
-    _check_name(path, name)
+    check_name(path, name)
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptFile(path, f"{name}: entry lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise CorruptFile(path, f"{name}: unknown dtype {dtype_name!r}")
+        raise CorruptFile(path, f"{name}: unknown dtype {quoted(dtype_name)}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
         raise CorruptFile(path, f"{name}: shape and data_offsets must be counts")
+    if max(begin, end) > MAX_ELEMENTS * 8:
+        raise CorruptFile(path, f"{name}: data_offsets {quoted([begin, end])} are absurd")
     if len(shape) > MAX_DIMENSIONS:
         raise CorruptFile(path, f"{name}: {len(shape)} dimensions; {MAX_DIMENSIONS} are allowed")
     spec = TensorSpec(DTYPES[dtype_name], tuple(shape))
     if max(shape, default=0) > MAX_ELEMENTS or prod(n or 1 for n in shape) > MAX_ELEMENTS:
-        raise CorruptFile(path, f"{name}: shape {shape} is absurd")
+        raise CorruptFile(path, f"{name}: shape {quoted(shape)} is absurd")
     if spec.count * spec.dtype.bits % 8:
         raise CorruptFile(path, f"{name}: {spec.count} elements of {spec.dtype.bits} bits do not fill bytes")
     if end - begin != spec.nbytes:
@@ -162,15 +189,22 @@ def _entry(path: object, name: str, entry: object) -> tuple[str, TensorSpec, int
     return name, spec, begin, end
 
 
-def _check_name(path: object, name: str) -> None:
+def check_name(path: object, name: str) -> None:
+    """Refuse a tensor name that could not be shown or typed safely, or is no name at all.
+
+    Raises:
+        CorruptFile: it is empty, ``__metadata__``, too long, or has control or bidirectional characters.
+    """
     if not name:
         raise CorruptFile(path, "a tensor has an empty name")
+    if name == "__metadata__":
+        raise CorruptFile(path, "a tensor is called __metadata__, which is no name for one")
     if len(name) > MAX_NAME:
-        raise CorruptFile(path, f"a tensor's name has {len(name):,} characters: {name[:60]}...")
+        raise CorruptFile(path, f"a tensor's name has {len(name):,} characters: {quoted(name)}")
     if name.isascii() and name.isprintable():
         return
     if any(unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"} for c in name):
-        raise CorruptFile(path, f"control or bidirectional characters in the name {printable(name)}")
+        raise CorruptFile(path, f"control or bidirectional characters in the name {quoted(name, 200)}")
 
 
 def layout(
@@ -180,10 +214,14 @@ def layout(
 
     Returns:
         The eight bytes and the padded JSON; and offsets from the start of the file.
+
+    Raises:
+        CorruptFile: a name that :func:`parse_header` would refuse.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, position = {}, 0
     for name, spec in tensors:
+        check_name("the output", name)  # a state dict may hold names that no reader should accept
         begins[name], end = position, position + spec.nbytes
         entries[name] = {"dtype": spec.dtype.name, "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end

@@ -6,17 +6,19 @@ A torch tensor can only exist where torch is loaded already, so it is found thro
 
 from __future__ import annotations
 
+import secrets
 import sys
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from loratools.dtypes import DTYPES, Dtype, numpy_dtype, widen
+from loratools.dtypes import DTYPES, numpy_dtype, unpack_nibbles, widen
 from loratools.errors import Unsupported
-from loratools.tensors.base import TensorSpec
+from loratools.tensors.base import TensorSpec, span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loratools.dtypes import Array
+    from loratools.dtypes import Array, Dtype
 
 __all__ = ["MemorySource", "from_bytes", "is_torch"]
 
@@ -35,20 +37,22 @@ class MemorySource:
     (2, 3)
 
     Attributes:
-        ties: name to the first name that shares its storage (tied embeddings in a torch state dict).
+        ties: name to the first name that is the same memory (tied embeddings in a state dict).
     """
 
     def __init__(self, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         self.tensors = dict(tensors)
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(_stored_dtype(name, value), tuple(int(n) for n in value.shape))
-            for name, value in self.tensors.items()
+            name: _spec(name, value) for name, value in self.tensors.items()
         }
         self.ties = _ties(self.tensors)
+        self._token = secrets.token_hex(8)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
         """See :class:`~loratools.tensors.base.TensorSource`."""
+        if out is not None and not out.flags.c_contiguous:
+            raise ValueError(f"{name}: out must be contiguous")
         raw = self.read_bytes(name, start, stop)
         values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
         return values if out is None else out
@@ -58,24 +62,52 @@ class MemorySource:
         import numpy as np
 
         value, spec = self.tensors[name], self.specs[name]
-        if spec.dtype.bits < 8:  # packed: one stored element holds two
-            start, stop = start // 2, None if stop is None else stop // 2
+        span(spec, start, stop)  # in bounds
+        stop = spec.count if stop is None else stop
         if is_torch(value):
+            if spec.dtype.bits < 8:  # one of torch's elements holds two
+                start, stop = start // 2, stop // 2
             torch = sys.modules["torch"]
-            run = value.detach().reshape(-1)[start:stop].cpu()
-            return np.asarray(run.view(torch.uint8).numpy())
-        return np.ascontiguousarray(value.reshape(-1)[start:stop]).view(np.uint8)
+            run = _run(value.detach(), start, stop).resolve_conj().resolve_neg().cpu()
+            return np.asarray(run.contiguous().view(torch.uint8).numpy())
+        run = np.ascontiguousarray(_run(value, start, stop)).view(np.uint8)
+        if spec.dtype.bits < 8:  # ml_dtypes gives each element a byte
+            return run[0::2] & 0xF | run[1::2] << 4
+        return run
 
     def extent(self, name: str) -> None:
         """In memory there is no file to copy from."""
 
     def identity(self) -> tuple[Any, ...]:
         """Memory does not outlive the process: never the same as before."""
-        return ("memory", id(self.tensors))
+        return ("memory", self._token)
+
+
+def _spec(name: str, value: Any) -> TensorSpec:
+    stored = _stored_dtype(name, value)
+    shape = tuple(int(n) for n in value.shape)
+    if is_torch(value) and stored.bits == 4:  # torch counts pairs
+        shape = (*shape[:-1], shape[-1] * 2)
+    if prod(shape) * stored.bits % 8:
+        raise Unsupported(f"{name}: {prod(shape)} elements of {stored} do not fill bytes")
+    return TensorSpec(stored, shape)
+
+
+def _run(value: Any, start: int, stop: int) -> Any:
+    """Elements of an array in row-major order; of one that is not contiguous, no more than the rows they lie in."""
+    contiguous = value.is_contiguous() if is_torch(value) else value.flags.c_contiguous
+    if contiguous or not value.ndim:
+        return value.reshape(-1)[start:stop]
+    width = max(1, prod(value.shape[1:]))
+    first, last = start // width, -(-stop // width)
+    return value[first:last].reshape(-1)[start - first * width : stop - first * width]
 
 
 def _stored_dtype(name: str, value: Any) -> Dtype:
     if is_torch(value):
+        if value.is_meta or str(value.layout) != "torch.strided":
+            kind = "has no values (meta device)" if value.is_meta else f"is {value.layout}, not dense"
+            raise Unsupported(f"{name}: the tensor {kind}")
         wanted = str(value.dtype).removeprefix("torch.")
         wanted = {"float4_e2m1fn_x2": "float4_e2m1fn"}.get(wanted, wanted)
     elif hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -89,13 +121,16 @@ def _stored_dtype(name: str, value: Any) -> Dtype:
 
 
 def _ties(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Names whose torch storage is the very one of an earlier name: same memory, same shape, same strides."""
+    """Names that are the very same tensor as an earlier name: same memory, same shape, same strides."""
     seen: dict[tuple[Any, ...], str] = {}
     ties = {}
     for name, value in tensors.items():
-        if not is_torch(value) or value.numel() == 0:
+        if prod(value.shape) == 0:
             continue
-        key = (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if is_torch(value):
+            key = (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        else:
+            key = ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype)
         first = seen.setdefault(key, name)
         if first != name:
             ties[name] = first
@@ -105,6 +140,12 @@ def _ties(tensors: Mapping[str, Any]) -> dict[str, str]:
 def from_bytes(raw: Array, spec: TensorSpec, *, torch_out: bool) -> Any:
     """Stored bytes as an array of their type: a torch tensor on request, else numpy (ml_dtypes for bfloat16)."""
     if not torch_out:
-        return raw.view(numpy_dtype(spec.dtype)).reshape(spec.shape)
+        values = (
+            unpack_nibbles(raw, spec.dtype) if spec.dtype.bits == 4 else raw.view(numpy_dtype(spec.dtype))
+        )
+        return values.reshape(spec.shape)
     torch = sys.modules["torch"]
+    if spec.dtype.bits == 4:
+        shape = (*spec.shape[:-1], spec.shape[-1] // 2)
+        return torch.from_numpy(raw).view(torch.float4_e2m1fn_x2).reshape(shape)
     return torch.from_numpy(raw).view(getattr(torch, str(spec.dtype.numpy))).reshape(spec.shape)

@@ -9,7 +9,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.errors import CorruptFile, NotFound, Unsupported
+from loratools.errors import CorruptFile, NotFound, Unsupported, quoted
+from loratools.tensors.header import check_name
 from loratools.tensors.memory import MemorySource, is_torch
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class PickledFile(MemorySource):
         self.path = Path(path)
         if not self.path.exists():
             raise NotFound(f"{path}: no such file")
+        if not self.path.is_file():
+            raise CorruptFile(path, "not a regular file")
         if not allow_pickle:
             raise Unsupported(
                 f"{path} is a pickle, which can run code when it is opened",
@@ -65,15 +68,20 @@ def _unpickle(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever the pickle made it meet
         first_line = str(error).strip().split("\n")[0]
         raise CorruptFile(path, f"not a readable pickle of tensors: {first_line}") from error
+    if isinstance(state, list) and state and all(is_torch(value) for value in state):
+        return {str(place): value for place, value in enumerate(state)}  # nameless, as old trainers wrote it
     if not isinstance(state, dict):
         raise CorruptFile(
             path,
             f"holds a {type(state).__name__}, not named tensors",
             hint="its keys are lost: save a state dict",
         )
-    tensors = {str(name): value for name, value in state.items() if is_torch(value)}
-    strangers = [str(name) for name, value in state.items() if not is_torch(value)]
-    if strangers or not tensors:
-        what = f"{strangers[0]!r} is not a tensor" if strangers else "no tensors"
-        raise CorruptFile(path, f"not a plain state dict: {what}")
-    return tensors
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise CorruptFile(path, f"not a plain state dict: the key {quoted(name)} is not a name")
+        if not is_torch(value):
+            raise CorruptFile(path, f"not a plain state dict: {quoted(name)} is a {type(value).__name__}")
+        check_name(path, name)
+    if not state:
+        raise CorruptFile(path, "not a plain state dict: no tensors")
+    return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -10,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.dtypes import accumulator, widen
-from loratools.errors import CorruptFile, NotFound
-from loratools.tensors.base import Extent, TensorSpec
-from loratools.tensors.files import File
-from loratools.tensors.header import Header, parse_header, read_length
+from loratools.errors import CorruptFile, NotFound, quoted
+from loratools.tensors.base import Extent, span
+from loratools.tensors.files import File, read_whole
+from loratools.tensors.header import check_name, parse_header, read_json, read_length
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratools.dtypes import Array
+    from loratools.tensors.base import TensorSpec
+    from loratools.tensors.header import Header
 
 __all__ = ["SafetensorsFile", "ShardedCheckpoint", "read_index"]
 
@@ -50,7 +51,10 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.file = File(path)
-        self.header = self._read_header()
+        try:
+            self.header = self._read_header()
+        finally:
+            self.file.close()  # a checkpoint may have more shards than a process may have open files
         self.specs: Mapping[str, TensorSpec] = self.header.specs
         self.metadata: Mapping[str, str] = self.header.metadata
 
@@ -66,14 +70,13 @@ class SafetensorsFile:
 
         spec = self.specs[name]
         offset, count = self._range(name, start, stop)
+        if out is not None and not out.flags.c_contiguous:
+            raise ValueError(f"{name}: out must be contiguous")
         if out is not None and spec.dtype == accumulator(spec.dtype):
-            self.file.read_into(memoryview(out).cast("B"), offset)
+            self.file.read_into(out.reshape(-1).view(np.uint8).data, offset)
             return out
-        if out is not None:
-            raw = _scratch_bytes(count)
-        else:
-            raw = np.empty(count, np.uint8)
-        self.file.read_into(memoryview(raw), offset)
+        raw = np.empty(count, np.uint8) if out is None else _scratch_bytes(count)
+        self.file.read_into(raw.data, offset)
         values = widen(raw, spec.dtype, None if out is None else out.reshape(-1))
         return values if out is None else out
 
@@ -83,14 +86,13 @@ class SafetensorsFile:
 
         offset, count = self._range(name, start, stop)
         raw = np.empty(count, np.uint8)
-        self.file.read_into(memoryview(raw), offset)
+        self.file.read_into(raw.data, offset)
         return raw
 
     def _range(self, name: str, start: int, stop: int | None) -> tuple[int, int]:
-        """Offset and length, in bytes, of some elements."""
-        spec = self.specs[name]
-        stop = spec.count if stop is None else stop
-        return self.header.offsets[name] + spec.dtype.nbytes(start), spec.dtype.nbytes(stop - start)
+        """Offset in the file and length, in bytes, of some elements."""
+        offset, count = span(self.specs[name], start, stop)
+        return self.header.offsets[name] + offset, count
 
     def extent(self, name: str) -> Extent:
         """See :class:`~loratools.tensors.base.TensorSource`."""
@@ -165,17 +167,14 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CorruptFile: not JSON, no ``weight_map``, or a shard name that is not a plain ``*.safetensors`` name.
     """
-    if path.stat().st_size > MAX_INDEX:
-        raise CorruptFile(path, f"index of {path.stat().st_size:,} bytes; {MAX_INDEX:,} are allowed")
-    try:
-        index = json.loads(path.read_bytes())
-        weight_map = index["weight_map"]
-        pairs = list(weight_map.items())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFile(path, "is not an index: no readable weight_map") from error
-    for name, shard in pairs:
+    index = read_json(path, read_whole(path, MAX_INDEX), "index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CorruptFile(path, "is not an index: weight_map is not a map from tensors to files")
+    for name, shard in weight_map.items():
+        check_name(path, name)
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
-            raise CorruptFile(path, f"{name}: shard name {shard!r} is not a plain file name")
-    if not pairs:
+            raise CorruptFile(path, f"{name}: shard name {quoted(shard)} is not a plain file name")
+    if not weight_map:
         raise CorruptFile(path, "weight_map is empty")
-    return dict(pairs)
+    return weight_map

@@ -20,7 +20,7 @@ from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
 from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, made_by_loratools, record
 from loratools.refs import local_path
 from loratools.running import default_jobs, peak_memory, run
-from loratools.sinks import FileSink, MemorySink, recover
+from loratools.sinks import FileSink, MemorySink, recover, set_aside, standing
 from loratools.tensors.memory import is_torch
 from loratools.verbs.reports import MergeReport, SurvivalSummary
 
@@ -103,7 +103,7 @@ def plan_merge(
         model, opened, factors, dtype=wanted, allow_unmatched=allow_unmatched, on_conflict=on_conflict
     )
     provenance = _provenance(model, opened, factors, dtype)
-    plan, left_out = _lay_out(model, merged, provenance, shard_size, in_memory=output is None)
+    plan, left_out = _lay_out(model, opened, merged, provenance, shard_size, in_memory=output is None)
     return MergePlan(model, opened, factors, merged, plan, left_out, output)
 
 
@@ -166,6 +166,8 @@ def merge(
     """
     check_device(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
+    if out is not None and Path(out).name:
+        recover(Path(out))
     planned = plan_merge(
         base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, allow_unmatched=allow_unmatched,
         on_conflict=on_conflict, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, force=force,
@@ -222,25 +224,31 @@ def _require_base(model: BaseModel) -> None:
 
 def _require_output(output: Path, base: BaseModel, adapters: list[Path], *, force: bool) -> None:
     """Refuse an output that would touch an input, or something loratools did not make."""
-    recover(output)
-    target = output.absolute().resolve()
+    if output.name in {"", ".."}:  # the current folder, its parent or a root, however it was spelled
+        raise OutputExists(f"{output} exists", hint="give the result a name of its own")
     for path in [base.path, *adapters]:
-        if path is None:
-            continue
-        for given in {path.absolute(), path.resolve()}:
-            if target == given or given in target.parents or target in given.parents:
-                raise OutputExists(
-                    f"the output {output} and the input {path} overlap",
-                    hint="give the result a place of its own",
-                )
-    if not (output.exists() or output.is_symlink()):
+        if path is not None and any(_overlap(one, path) for one in (output, *set_aside(output))):
+            raise OutputExists(
+                f"the output {output} and the input {path} overlap",
+                hint="give the result a place of its own",
+            )
+    found = standing(output)
+    if found is None:
         return
     if not force:
         raise OutputExists(f"{output} exists", hint="--force replaces it, if loratools made it")
-    if not made_by_loratools(output):
+    if not made_by_loratools(found):
         raise OutputExists(
             f"{output} exists and was not made by loratools", hint="remove it by hand if it may go"
         )
+
+
+def _overlap(output: Path, given: Path) -> bool:
+    """Whether one of two paths is the other or lies in it, as they are spelled or where their links lead."""
+    if output.exists() and given.exists() and output.samefile(given):
+        return True
+    outputs, inputs = ({Path(os.path.abspath(p)), p.resolve()} for p in (output, given))  # noqa: PTH100
+    return any(o == i or o in i.parents or i in o.parents for o in outputs for i in inputs)
 
 
 def _provenance(
@@ -257,7 +265,13 @@ def _provenance(
 
 
 def _lay_out(
-    base: BaseModel, merged: Merged, provenance: dict[str, Any], shard_size: int | None, *, in_memory: bool
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    merged: Merged,
+    provenance: dict[str, Any],
+    shard_size: int | None,
+    *,
+    in_memory: bool,
 ) -> tuple[Plan, tuple[str, ...]]:
     if shard_size is not None and base.kind != "folder":
         raise Unsupported("--shard-size is for folders; the base is a single file")
@@ -266,7 +280,7 @@ def _lay_out(
     text = json.dumps(provenance, indent=2) + "\n"
     small: list[SmallFile] = []
     left_out: tuple[str, ...] = ()
-    if base.kind == "file" and not in_memory:
+    if base.kind != "folder" and not in_memory:
         metadata = {name: {**found, METADATA_KEY: text} for name, found in metadata.items()}
     files, steps = plan_steps(outputs, metadata)
     if base.kind == "folder" and not in_memory:
@@ -282,13 +296,8 @@ def _lay_out(
             if len(outputs) > 1 or shard_size is None:
                 small.append(index_file(index_name, files, weight_map, specs))
     kind = "memory" if in_memory else base.kind
-    identity = (base.identity(), *(a.tensors[0].source.identity() for a in merged_sources(merged)))
+    identity = (base.identity(), *(a.tensors[0].source.identity() for a in adapters if a.tensors))
     return Plan(kind, files, steps, tuple(small), (*identity, text)), left_out
-
-
-def merged_sources(merged: Merged) -> list[Adapter]:
-    """The adapters whose files a resumed run must find unchanged."""
-    return [merged.resized] if merged.resized is not None and merged.resized.tensors else []
 
 
 def _metadata(base: BaseModel, file: str) -> Mapping[str, str]:
@@ -322,14 +331,11 @@ def _into_shards(merged: Merged, shard_size: int) -> dict[str, list[Output]]:
 
 
 def _tied_together(planned: MergePlan, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Names that shared a storage share one again, unless the merge has told them apart."""
+    """Names that shared a storage share one again, unless the merge does different things to them."""
     ties = getattr(planned.base.source, "ties", {})
-    apart = planned.merged.config.get("tie_word_embeddings") is False
+    outputs = planned.merged.outputs
     for name, first in ties.items():
-        changed = bool(planned.merged.outputs[name].contributions) or bool(
-            planned.merged.outputs[first].contributions
-        )
-        if not changed or not apart:
+        if outputs[name].contributions == outputs[first].contributions:
             tensors[name] = tensors[first]
     return tensors
 

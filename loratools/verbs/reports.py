@@ -145,6 +145,7 @@ class ModuleInfo:
         parameters: stored values.
         dtype: of the stored values, joined with "+" where they differ.
         experts: how many experts the module packs; 1 for an ordinary one.
+        blocks: how many blocks of this rank lie side by side in one fused module (q and v of a qkv); 1 for an ordinary one.
     """
 
     name: str
@@ -156,6 +157,7 @@ class ModuleInfo:
     parameters: int
     dtype: str
     experts: int = 1
+    blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,23 @@ class ExtraInfo:
 
 @dataclass(frozen=True, slots=True)
 class InspectReport(Report):
-    """What the headers of an adapter say."""
+    """What the headers of an adapter say.
+
+    Attributes:
+        path: as it was given.
+        format: ``peft``, or what the file was recognised as.
+        evidence: by what.
+        kinds: of its modules; of the whole, where it has none.
+        base_model: as the configuration names it.
+        rank: over the modules, as are ``alpha`` and ``scaling``.
+        parameters: stored values, in all tensors.
+        bytes: they take, without header and configuration.
+        dtypes: how many tensors of each type.
+        modules: one entry each.
+        extras: every tensor that no module claims, and why it is there.
+        metadata: of the weight file.
+        warnings: what a careful user should read.
+    """
 
     path: str
     format: str
@@ -182,7 +200,7 @@ class InspectReport(Report):
     scaling: Range
     parameters: int
     bytes: int
-    dtypes: dict[str, int]  # tensors of each type
+    dtypes: dict[str, int]
     modules: tuple[ModuleInfo, ...]
     extras: tuple[ExtraInfo, ...]
     metadata: dict[str, str]

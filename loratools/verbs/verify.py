@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from loratools.executors.base import Executor
     from loratools.merging import Conflict
     from loratools.planning import Output, Step
-    from loratools.tensors.base import TensorSource
+    from loratools.tensors.base import TensorRef, TensorSource
     from loratools.verbs.merge import MergePlan
 
 __all__ = ["verify", "verify_merge"]
@@ -91,11 +91,12 @@ def verify_merge(
     found = model.source
     verdicts, outputs = _presence(planned, found)
     _, steps = plan_steps({"": outputs}, {})
+    starts = {output.name: output.base for output in outputs if output.base is not None}
     seen: dict[str, _Comparison] = {}
 
     def work(step: Step) -> tuple[Step, dict[str, _Comparison]]:
         return step, (
-            _compare_copy(step, found) if isinstance(step, CopyStep) else _compare_weight(step, found)
+            _compare_copy(step, starts, found) if isinstance(step, CopyStep) else _compare_weight(step, found)
         )
 
     with one_blas_thread():
@@ -175,10 +176,16 @@ def _values(comparison: _Comparison) -> tuple[Any, ...]:
     return tuple(getattr(comparison, name) for name in _Comparison.__slots__)
 
 
-def _compare_copy(step: CopyStep, found: TensorSource) -> dict[str, _Comparison]:
-    """Tensors that should be the base's bytes. A step may be a part of one large tensor, or a run of several."""
+def _compare_copy(
+    step: CopyStep, starts: Mapping[str, TensorRef], found: TensorSource
+) -> dict[str, _Comparison]:
+    """Tensors that should be the same bytes as where they start from: the base, or an adapter that replaces them.
+
+    A step may be a part of one large tensor, or a run of several.
+    """
     compared, position = {}, -step.skip
-    for name, ref in zip(step.names, _refs(step), strict=True):
+    for name in step.names:
+        ref = starts[name]
         size = ref.spec.nbytes
         first, last = max(0, -position), min(size, step.nbytes - position)
         if first < last:
@@ -188,14 +195,7 @@ def _compare_copy(step: CopyStep, found: TensorSource) -> dict[str, _Comparison]
     return compared
 
 
-def _refs(step: CopyStep) -> list[Any]:
-    source = step.source.source
-    return [
-        replace(step.source, name=name if name in source.specs else step.source.name) for name in step.names
-    ]
-
-
-def _compare_bytes(ref: Any, found: TensorSource, name: str, span: tuple[int, int]) -> _Comparison:
+def _compare_bytes(ref: TensorRef, found: TensorSource, name: str, span: tuple[int, int]) -> _Comparison:
     import numpy as np
 
     total = _Comparison()

@@ -1,0 +1,98 @@
+"""``loratools validate``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli.options import REF, not_built, pickles, shared
+from loratools.cli.text import counted, one_line, say_json
+
+if TYPE_CHECKING:
+    from loratools.cli.settings import Settings
+    from loratools.verbs.reports import Finding, ValidationReport
+
+__all__ = ["command", "show_validation"]
+
+_ORDER = ("error", "warning", "info")
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+@click.command()
+@click.argument("ref", type=REF)
+@click.option("--base", type=REF, metavar="REF", help="The base model: every module must be there and fit.")
+@click.option("--strict", is_flag=True, help="Warnings count as errors.")
+@click.option(
+    "--format",
+    type=click.Choice(["text", "json", "sarif", "github"]),
+    default="text",
+    help="For people, programs, code scanners, or GitHub's annotations.",
+)
+@click.option(
+    "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The adapter_config.json to read it by."
+)
+@pickles
+@not_built("--for", metavar="ENGINE", hint="what an engine accepts cannot be checked yet; leave --for out")
+@shared
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    ref: str,
+    base: str | None,
+    strict: bool,
+    format: str,
+    config: str | None,
+    allow_pickle: bool,
+) -> int:
+    """Check an adapter: structure, configuration against tensors, NaN and Inf, and whether it fits a base.
+
+    Lists everything it finds, not only the first. Exit code 1 means that errors were found.
+
+    \b
+    Examples:
+      loratools validate my-adapter
+      loratools validate my-adapter --base my-model --strict
+      loratools validate my-adapter --format github
+    """  # noqa: D301 - \b is click's
+    import loratools as lt
+
+    report = lt.validate(ref, base=base, strict=strict, config=config, allow_pickle=allow_pickle)
+    form = "json" if settings.json and format == "text" else format
+    if form == "json":
+        say_json(report.to_dict())
+    elif form == "text":
+        show_validation(report, settings)
+    else:
+        from loratools.cli.annotations import show_github, show_sarif
+
+        (show_sarif if form == "sarif" else show_github)(report)
+    warned = strict and any(finding.severity == "warning" for finding in report.findings)
+    return 0 if report.ok and not warned else 1
+
+
+def show_validation(report: ValidationReport, settings: Settings) -> None:
+    """Print the findings, errors first."""
+    ordered = sorted(report.findings, key=lambda finding: _ORDER.index(finding.severity))
+    for finding in ordered:
+        if finding.severity == "error" or not settings.quiet:
+            _show_finding(finding)
+    if settings.quiet:
+        return
+    count = Counter(finding.severity for finding in report.findings)
+    nouns = {"error": "error", "warning": "warning", "info": "note"}
+    found = [counted(count[severity], noun) for severity, noun in nouns.items() if count[severity]]
+    path = one_line(report.path)
+    seen = counted(len(report.modules), "module")
+    verdict = click.style("ok" if report.ok else "not ok", fg="green" if report.ok else "red", bold=True)
+    click.echo(f"{path}: {verdict}, {seen}, {', '.join(found) if found else 'nothing to report'}")
+
+
+def _show_finding(finding: Finding) -> None:
+    label = click.style(finding.severity.ljust(7), fg=_COLOURS[finding.severity], bold=True)
+    where = f"{one_line(finding.where)}: " if finding.where else ""
+    click.echo(f"{label}  {where}{one_line(finding.message)} [{one_line(finding.code)}]")
+    if finding.hint:
+        click.echo(f"         {click.style(one_line(finding.hint), dim=True)}")

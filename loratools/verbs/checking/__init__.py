@@ -1,0 +1,1 @@
+"""What ``validate`` checks, one file a concern. Each check is a generator of findings and raises nothing."""

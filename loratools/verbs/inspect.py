@@ -1,0 +1,126 @@
+"""``inspect``: what the headers of an adapter say. No values are read; numpy and torch are not loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from loratools.formats.opening import open_adapter
+from loratools.verbs.reports import ExtraInfo, InspectReport, ModuleInfo, Range
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping
+
+    from loratools.adapter import Adapter, Module
+
+__all__ = ["inspect"]
+
+_LORA_KINDS = {"lora", "dora", "adalora", "loha", "lokr"}
+_UNSCALED = {"ia3"}  # kinds that multiply the weight, so that nothing needs to say a scaling
+
+
+def inspect(
+    ref: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> InspectReport:
+    """Say what an adapter is: format, kinds, ranks, scaling, modules, and every tensor that belongs to none.
+
+    >>> import numpy as np
+    >>> factors = {"fc.lora_A.weight": np.zeros((2, 8), "f4"), "fc.lora_B.weight": np.zeros((4, 2), "f4")}
+    >>> report = inspect(factors, config={"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    >>> report.modules[0].shape, report.scaling.max
+    ((4, 8), 2.0)
+
+    Args:
+        ref: a folder, a weight file, or a state dict.
+        config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
+        alpha: overrides ``lora_alpha``.
+        allow_pickle: read ``.bin`` and ``.pt`` files.
+
+    Returns:
+        The report. What is recognised but is no LoRA is reported too, with its kind and a warning.
+
+    Raises:
+        NotFound: no such file, or a folder without adapter weights.
+        CorruptFile: a file breaks the rules of its format.
+        BadConfig: a field of the configuration cannot be.
+        Unsupported: a pickle, without leave to read it.
+    """
+    return report(open_adapter(ref, config=config, alpha=alpha, allow_pickle=allow_pickle))
+
+
+def report(adapter: Adapter) -> InspectReport:
+    """:func:`inspect`, for an adapter that is open already."""
+    modules = adapter.modules.values()
+    specs = [ref.spec for ref in adapter.tensors]
+    return InspectReport(
+        path=adapter.name,
+        format=adapter.format,
+        evidence=adapter.evidence,
+        kinds=adapter.kinds,
+        base_model=adapter.config.base_model,
+        rank=_range(module.rank for module in modules),
+        alpha=_range(module.alpha for module in modules),
+        scaling=_range(module.scaling for module in modules),
+        parameters=sum(spec.count for spec in specs),
+        bytes=sum(spec.nbytes for spec in specs),
+        dtypes=dict(Counter(spec.dtype.name for spec in specs)),
+        modules=tuple(_module(name, module) for name, module in adapter.modules.items()),
+        extras=tuple(
+            ExtraInfo(key, extra.tensor.shape, extra.tensor.spec.dtype.name, extra.reason)
+            for key, extra in adapter.extras.items()
+        ),
+        metadata=dict(adapter.metadata),
+        warnings=tuple(_warnings(adapter)),
+    )
+
+
+def _range(values: Iterable[float | None]) -> Range:
+    known = [value for value in values if value is not None]
+    return Range(min(known), max(known)) if known else Range(None, None)
+
+
+def _module(name: str, module: Module) -> ModuleInfo:
+    dtypes = dict.fromkeys(ref.spec.dtype.name for ref in module.tensors.values())
+    return ModuleInfo(
+        name=name,
+        kind=module.kind,
+        rank=module.rank,
+        alpha=module.alpha,
+        scaling=module.scaling,
+        shape=module.shape,
+        parameters=module.parameters,
+        dtype="+".join(dtypes),
+        experts=module.options.get("experts", 1),
+        blocks=module.options.get("blocks", 1),
+    )
+
+
+def _warnings(adapter: Adapter) -> Iterable[str]:
+    yield from adapter.warnings
+    if adapter.refusal is not None:
+        reason, way_out = adapter.refusal
+        yield f"cannot be merged: {reason}; {way_out}"
+    for kind in adapter.kinds:
+        if adapter.format == "peft" and adapter.modules and kind not in _LORA_KINDS:
+            yield f"{kind} is not a LoRA"
+    unscaled = [n for n, m in adapter.modules.items() if m.scaling is None and m.kind not in _UNSCALED]
+    if unscaled:
+        yield (
+            f"nothing read here says how {len(unscaled)} of {len(adapter.modules)} modules are scaled, "
+            "so scaling is null; --config or --alpha says it"
+        )
+    odd = [(n, m) for n, m in adapter.modules.items() if "config_rank" in m.options]
+    if odd:
+        name, module = odd[0]
+        yield (
+            f"{name} has rank {module.rank} in the file, {module.options['config_rank']} in the configuration"
+            + (f" (and {len(odd) - 1} more differ)" if len(odd) > 1 else "")
+        )
+    unclaimed = sum(extra.role == "unclaimed" for extra in adapter.extras.values())
+    if unclaimed and adapter.format == "peft":
+        yield f"{unclaimed} of {len(adapter.tensors)} tensors are explained by nothing in the configuration"

@@ -1,0 +1,102 @@
+"""``validate``: everything that is wrong with an adapter, or worth knowing, all at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.formats.opening import evidence, explain, open_parts
+from loratools.formats.peft import read_peft
+from loratools.formats.recognise import recognise
+from loratools.verbs.checking.base import check_base
+from loratools.verbs.checking.configuration import check_configuration
+from loratools.verbs.checking.structure import check_format, check_siblings, check_structure
+from loratools.verbs.checking.subject import Subject, error
+from loratools.verbs.checking.values import check_values
+from loratools.verbs.reports import ValidationReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from loratools.errors import BadConfig
+    from loratools.formats.opening import Opened
+    from loratools.models import BaseModel
+    from loratools.verbs.reports import Finding
+
+__all__ = ["validate"]
+
+
+def validate(
+    ref: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    base: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    strict: bool = False,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+) -> ValidationReport:
+    """Check an adapter: its structure, its configuration against its tensors, its values, and its fit to a base.
+
+    >>> import numpy as np
+    >>> factors = {"fc.lora_A.weight": np.ones((2, 8), "f4"), "fc.lora_B.weight": np.zeros((4, 2), "f4")}
+    >>> report = validate(factors, config={"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+    >>> report.ok, [finding.code for finding in report.findings if finding.severity == "error"]
+    (False, ['rank-mismatch'])
+
+    Args:
+        ref: a folder, a weight file, or a state dict.
+        base: the model it is meant for: every module must be found there and fit.
+        strict: warnings count as errors.
+        config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
+        allow_pickle: read ``.bin`` and ``.pt`` files.
+
+    Returns:
+        Every finding, with a stable code. ``ok`` means that none is an error (nor a warning, if ``strict``).
+
+    Raises:
+        NotFound: no such file, or a folder without adapter weights.
+        CorruptFile: the weights cannot be read at all. (A configuration that cannot be read is a finding.)
+        Unsupported: a pickle, without leave to read it.
+    """
+    opened = open_parts(ref, config=config, allow_pickle=allow_pickle, tolerant=True)
+    model = None if base is None else _open_base(base)
+    subject = _subject(opened)
+    findings = [*_findings(subject, model)]
+    counted = {"error", "warning"} if strict else {"error"}
+    return ValidationReport(
+        path=opened.name,
+        ok=not any(finding.severity in counted for finding in findings),
+        findings=tuple(findings),
+        modules=tuple(subject.adapter.modules),
+    )
+
+
+def _open_base(base: str | os.PathLike[str] | Mapping[str, Any]) -> BaseModel:
+    from loratools.models import open_base
+    from loratools.refs import local_path
+
+    return open_base(local_path(base) if isinstance(base, (str, os.PathLike)) else base)
+
+
+def _subject(opened: Opened) -> Subject:
+    faults: list[BadConfig] = []
+    config = explain(opened, faults=faults)
+    if config is None:
+        adapter = recognise(opened.name, opened.source, opened.raw)
+    else:
+        adapter = read_peft(opened.name, opened.source, config, evidence(opened))
+    return Subject(opened, config, adapter, faults)
+
+
+def _findings(subject: Subject, base: BaseModel | None) -> Iterator[Finding]:
+    for fault in subject.opened.faults:
+        yield error("config-unreadable", Path(fault.path).name, fault.problem, fault.hint)
+    yield from check_format(subject)
+    checked = [*check_structure(subject), *check_configuration(subject), *check_siblings(subject)]
+    # Only now are all patterns matched, and those that cannot be known.
+    for problem in subject.faults:
+        yield error("config-invalid", Path(str(subject.opened.where)).name, str(problem), problem.hint)
+    yield from checked
+    yield from check_values(subject)
+    if base is not None:
+        yield from check_base(subject, base)

@@ -1,0 +1,679 @@
+"""Our merge against PEFT's ``merge_and_unload``: every kind of layer, option and element type."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    BdLoraConfig,
+    IA3Config,
+    KasaConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import loratools as lt
+from tests.helpers import (
+    assert_same,
+    assert_same_tensors,
+    changed_names,
+    differing,
+    digest,
+    load_state,
+    merged_by_peft,
+    merged_by_us,
+    randomise,
+    relative,
+    rounded_once,
+    save_adapter,
+    save_state,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# PEFT says so for every layer of GPT-2's kind, or of torch's, in a model that has both; its stored flag is what the
+# tests show we do not need.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    # The toy model has no config.json, which PEFT remarks on when it saves embeddings.
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    # PEFT takes a bias for a shard of a matrix.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape"),
+]
+
+BASES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+FILES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Block(nn.Module):
+    """GPT-2's names: a square Conv1D in ``attn`` that only its namesake in ``mlp`` tells to be one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"c_attn": Conv1D(2 * width, width), "c_proj": Conv1D(width, width)})
+        self.mlp = nn.ModuleDict({"c_fc": Conv1D(3 * width, width), "c_proj": Conv1D(width, 3 * width)})
+        self.up = nn.Linear(width, 2 * width)
+        self.square = nn.Linear(width, width)
+
+
+class Toy(nn.Module):
+    """One of each layer PEFT adapts. Never run: only its weights matter."""
+
+    def __init__(self, width: int = 192) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(500, width)
+        self.wide = nn.Linear(256, 384)
+        self.bare = nn.Linear(384, 256, bias=False)
+        self.square = nn.Linear(256, 256)
+        self.layers = nn.ModuleList([Block(width), Block(width)])
+        self.line = nn.Conv1d(96, 128, 5)
+        self.point = nn.Conv2d(192, 128, 1)
+        self.plane = nn.Conv2d(64, 96, 3)
+        self.volume = nn.Conv3d(32, 48, 3)
+        self.attention = nn.MultiheadAttention(128, 4)
+        self.norm = nn.LayerNorm(256)
+        self.head = nn.Linear(256, 300)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+
+def toy(dtype: torch.dtype, seed: int = 0) -> Toy:
+    """The model with weights from a seed, of a size that leaves a delta visible in 16 bits."""
+    model = Toy()
+    randomise(model, seed, scale=0.08)
+    return model.to(dtype)
+
+
+LINEAR = ["wide", "bare", "square"]
+GPT2 = ["c_attn", "c_proj", "c_fc"]
+CONV = ["line", "point", "plane", "volume"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration, as a function, because PEFT writes into the object it is given."""
+
+    name: str
+    config: Callable[[], Any]
+    # Whether PEFT rounds the delta to a 16-bit base's type before it adds it; float64 is then the only oracle.
+    twice: bool = False
+    wide: torch.dtype = torch.float64  # in which PEFT computes the truth
+
+
+def lora(**options: Any) -> Callable[[], LoraConfig]:
+    fields = {"r": 6, "lora_alpha": 10, "init_lora_weights": False, "target_modules": LINEAR}
+    return lambda: LoraConfig(**copy.deepcopy({**fields, **options}))
+
+
+CASES = [
+    Case("linear", lora()),
+    Case("linear-power-of-two", lora(r=8, lora_alpha=16)),
+    Case("conv1d-of-gpt2", lora(target_modules=GPT2)),
+    Case("mixed-linear-and-gpt2", lora(target_modules=[*LINEAR, *GPT2, "up"])),
+    Case("embedding", lora(target_modules=["embed"]), twice=True),
+    Case("convolutions", lora(target_modules=CONV)),
+    Case("attention", lora(target_modules=["attention"]), twice=True),
+    Case("rslora", lora(use_rslora=True, target_modules=[*LINEAR, *GPT2, *CONV])),
+    Case("rslora-embedding", lora(use_rslora=True, target_modules=["embed"]), twice=True),
+    Case(
+        "rank-pattern",
+        lora(
+            target_modules=[*LINEAR, *GPT2, "up", "wide", *CONV],
+            # PEFT writes its configuration with sorted keys, and then goes by the order it finds.
+            rank_pattern={"^wide": 9, "attn.c_proj": 3, "c_proj": 5, r"layers\.\d\.up": 7, "plane": 2},
+        ),
+    ),
+    Case(
+        "alpha-pattern-first-match",
+        lora(
+            target_modules=[*LINEAR, *GPT2, "up", *CONV],
+            # The first that matches wins, however much better a later one fits.
+            alpha_pattern={"c_proj": 3, "layers.0.attn.c_proj": 50, "square|wide": 7, "line": 1.5},
+            rank_pattern={"layers.[01].mlp.c_proj": 4},
+            use_rslora=True,
+        ),
+    ),
+    Case(
+        "attention-patterns",
+        lora(
+            target_modules=["attention"],
+            rank_pattern={"attention": 4},
+            alpha_pattern={"attention": 5},
+        ),
+        twice=True,
+    ),
+    Case("dora-linear", lora(use_dora=True, target_modules=[*LINEAR, "up"])),
+    Case("dora-gpt2", lora(use_dora=True, target_modules=GPT2)),
+    Case("dora-embedding", lora(use_dora=True, target_modules=["embed"])),
+    Case("dora-convolutions", lora(use_dora=True, target_modules=CONV)),
+    Case("dora-rslora-patterns", lora(use_dora=True, use_rslora=True, rank_pattern={"wide": 3})),
+    Case("lora-bias", lora(lora_bias=True, target_modules=["wide", "square", *GPT2, *CONV])),
+    Case("bias-all", lora(bias="all", target_modules=[*LINEAR, "c_proj", "plane"])),
+    Case("bias-lora-only", lora(bias="lora_only", target_modules=[*LINEAR, "c_proj", "plane"])),
+    Case("modules-to-save", lora(modules_to_save=["head", "norm"])),
+    Case("token-rows-list", lora(trainable_token_indices=[3, 0, 499])),
+    Case("token-rows-named", lora(trainable_token_indices={"embed": [7, 250]})),
+    Case(
+        "exclude-modules",
+        lora(target_modules=["square", "up", "c_proj"], exclude_modules=["layers.1.square", "mlp.c_proj"]),
+    ),
+    Case(
+        "layers-to-transform",
+        lora(target_modules=["up", "c_attn"], layers_to_transform=[1], layers_pattern="layers"),
+    ),
+    Case("targets-by-pattern", lora(target_modules=r"layers\.0\.(attn|mlp)\.c_.*|wide")),
+    # PEFT takes no float64 base for this one.
+    Case("mica", lora(init_lora_weights="mica"), twice=True, wide=torch.float32),
+    Case("orthogonal", lora(init_lora_weights="orthogonal")),
+    Case(
+        "bd-lora",
+        lora(
+            use_bdlora=BdLoraConfig(
+                target_modules_bd_a=["wide", "c_fc"],
+                target_modules_bd_b=["square", "c_proj"],
+                nblocks=4,
+                match_strict=False,
+            ),
+            r=8,
+            lora_alpha=10,
+            target_modules=[*LINEAR, "up"],
+        ),
+        twice=True,
+    ),
+    Case(
+        "adalora",
+        lambda: AdaLoraConfig(
+            init_r=6,
+            target_r=3,
+            lora_alpha=10,
+            total_step=10,
+            target_modules=[*LINEAR, *GPT2, "plane", "point"],
+            init_lora_weights=False,
+        ),
+    ),
+    Case(
+        "ia3",
+        lambda: IA3Config(
+            target_modules=[*LINEAR, *GPT2, "up", "point", "plane", "volume"],
+            feedforward_modules=["bare", "c_proj", "plane"],
+            init_ia3_weights=False,
+        ),
+    ),
+    Case(
+        "ia3-by-pattern",
+        lambda: IA3Config(
+            target_modules=r"wide|square|.*c_proj",
+            feedforward_modules=r"square|.*mlp\.c_proj",
+            init_ia3_weights=False,
+        ),
+    ),
+    Case(
+        "loha-linear",
+        lambda: LoHaConfig(
+            r=4,
+            alpha=7,
+            target_modules=[*LINEAR, "up"],
+            rank_pattern={"up": 3},
+            alpha_pattern={"wide": 11},
+            init_weights=False,
+        ),
+    ),
+    Case(
+        "loha-conv",
+        lambda: LoHaConfig(r=4, alpha=7, target_modules=["line", "point", "plane"], init_weights=False),
+    ),
+    Case(
+        "loha-conv-effective",
+        lambda: LoHaConfig(
+            r=4,
+            alpha=7,
+            target_modules=["line", "point", "plane"],
+            use_effective_conv2d=True,
+            init_weights=False,
+        ),
+    ),
+    Case(
+        "lokr-linear",
+        lambda: LoKrConfig(
+            r=4, alpha=7, target_modules=[*LINEAR, "up"], rank_pattern={"up": 64}, init_weights=False
+        ),
+    ),
+    Case(
+        "lokr-both",
+        lambda: LoKrConfig(
+            r=3, alpha=7, target_modules=LINEAR, decompose_both=True, decompose_factor=16, init_weights=False
+        ),
+    ),
+    Case(
+        "lokr-factor",
+        lambda: LoKrConfig(r=2, alpha=7, target_modules=LINEAR, decompose_factor=4, init_weights=False),
+    ),
+    Case(
+        "lokr-conv",
+        lambda: LoKrConfig(r=3, alpha=7, target_modules=["line", "point", "plane"], init_weights=False),
+    ),
+    Case(
+        "lokr-conv-effective",
+        lambda: LoKrConfig(
+            r=3,
+            alpha=7,
+            target_modules=["line", "point", "plane"],
+            use_effective_conv2d=True,
+            init_weights=False,
+        ),
+    ),
+    Case(
+        "lokr-conv-full",
+        lambda: LoKrConfig(r=64, alpha=7, target_modules=["line", "point", "plane"], init_weights=False),
+    ),
+    Case(
+        "trainable-tokens", lambda: TrainableTokensConfig(target_modules=["embed"], token_indices=[1, 8, 490])
+    ),
+]
+
+
+# Standard deviations that make the delta of each kind about a tenth of the weights, as training does.
+SCALES = {"hada_": 0.2, "lokr_": 0.1, "lora_E": 1.0, "lora_diag": 1.0, "": 0.05}
+# What starts from values of the base (or from ones) moves by a fifth.
+NEAR = ("lora_magnitude", "modules_to_save", "token", "ia3_l")
+
+
+def trained(
+    case: Case, folder: Path, base: torch.dtype, file: torch.dtype | None, *, seed: int = 1,
+    model: Callable[[torch.dtype], nn.Module] | None = None,
+) -> Path:  # fmt: skip
+    """An adapter folder with every trained tensor moved away from where it started."""
+    wrapped = get_peft_model((model or toy)(base), case.config())
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in wrapped.named_parameters():
+        if not value.requires_grad:
+            continue
+        noise = torch.randn(value.shape, generator=generator)
+        if any(part in name for part in NEAR):
+            value.data *= (1 + 0.2 * noise).to(value.dtype)
+        else:
+            value.data.copy_(noise * next(scale for part, scale in SCALES.items() if part in name))
+    return save_adapter(wrapped, folder, dtype=file)
+
+
+# Each step of float32 arithmetic (product, scaling, sum; DoRA's norm) errs by half a unit of its own, which turns the
+# rounding to 16 bits that follows in this many times as many elements as the order of two steps does.
+WIDE = 5
+
+
+def the_truth(
+    adapter: Path, dtype: torch.dtype, *, wide: torch.dtype = torch.float64,
+    model: Callable[[torch.dtype], nn.Module] | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """What PEFT computes in float64 from the base's values, rounded once to its type."""
+    found = merged_by_peft((model or toy)(dtype).to(wide), adapter)
+    like = torch.empty(0, dtype=dtype)
+    return {name: rounded_once(value, like) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_files_merge_as_peft_merges(case: Case, base: str, file: str, tmp_path: Path) -> None:
+    dtype = BASES[base]
+    adapter = trained(case, tmp_path / "adapter", dtype, FILES[file])
+    before = toy(dtype).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    actual = merged_by_us(source, adapter, tmp_path / "out.safetensors")
+    assert_same_tensors(actual, the_truth(adapter, dtype, wide=case.wide), before, slack=WIDE)
+    if base == "f32" or not case.twice:
+        assert_same_tensors(actual, merged_by_peft(toy(dtype), adapter), before)
+
+
+def test_a_16_bit_adapter_kept_in_16_bits_rounds_twice_in_peft_and_once_here(tmp_path: Path) -> None:
+    # With autocast off, or with safe_merge, PEFT rounds the delta to bfloat16 and adds that; ours is nearer the truth.
+    adapter = trained(CASES[0], tmp_path / "adapter", torch.bfloat16, torch.bfloat16)
+    before = toy(torch.bfloat16).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    name = "wide.weight"
+    ours = merged_by_us(source, adapter, tmp_path / "out.safetensors")[name]
+    truth = the_truth(adapter, torch.bfloat16)[name]
+    assert differing(name, ours, truth) < 5e-5 * truth.numel()
+    for options in ({"autocast_adapter_dtype": False}, {"safe": True}):
+        theirs = merged_by_peft(toy(torch.bfloat16), adapter, **options)[name]
+        assert (theirs != truth).float().mean() > 0.01
+
+
+# --- experts ------------------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Parameters of all experts in one tensor each; transformers marks those stored (in, out)."""
+
+    def __init__(self, shape: tuple[int, int], *, transposed: bool) -> None:
+        super().__init__()
+        out, into = shape
+        self.is_transposed = transposed
+        self.gate_up_proj = nn.Parameter(torch.zeros(3, *((into, out) if transposed else (out, into))))
+        self.down_proj = nn.Parameter(torch.zeros(3, *((out // 2, into) if transposed else (into, out // 2))))
+        if transposed:
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(3, out))
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(24, 160))
+
+
+class Mixture(nn.Module):
+    def __init__(self, shape: tuple[int, int], *, transposed: bool) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = Experts(shape, transposed=transposed)
+        self.mlp.gate = Router()
+        self.proj = nn.Linear(160, 96)
+
+
+MIXTURES = {"wide": (256, 160), "square": (160, 160)}
+
+
+# It looks for modules of that name, though it uses the patterns for parameters.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
+@pytest.mark.parametrize("shape", MIXTURES)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.down_proj"],
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"],
+    ],
+    ids=["gate_up", "down", "all"],
+)
+def test_experts_merge_as_peft_merges(
+    parameters: list[str], shape: str, transposed: bool, base: str, tmp_path: Path
+) -> None:
+    dtype = BASES[base]
+
+    def mixture(dtype: torch.dtype) -> Mixture:
+        model = Mixture(MIXTURES[shape], transposed=transposed)
+        randomise(model, 3, scale=0.08)
+        return model.to(dtype)
+
+    def config() -> LoraConfig:
+        return LoraConfig(
+            r=4, lora_alpha=7, target_modules=["proj"], target_parameters=parameters, init_lora_weights=False,
+            alpha_pattern={"experts.down_proj": 5}, rank_pattern={"experts.gate_up_proj": 6},
+        )  # fmt: skip
+
+    adapter = trained(Case("experts", config), tmp_path / "adapter", dtype, None, model=mixture)
+    before = mixture(dtype).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    actual = merged_by_us(source, adapter, tmp_path / "out.safetensors")
+    # In 16 bits PEFT rounds the experts' delta to the base's type before it adds it.
+    assert_same_tensors(actual, the_truth(adapter, dtype, model=mixture), before, slack=WIDE)
+    if base == "f32":
+        assert_same_tensors(actual, merged_by_peft(mixture(dtype), adapter), before)
+
+
+# --- bases that the initialisation changed --------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A network that can be trained, with a layer in each orientation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(96, 160)
+        self.tall = nn.Linear(160, 64)
+        self.square = nn.Linear(64, 64)
+        self.c_fc = Conv1D(128, 64)
+        self.c_proj = Conv1D(48, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tall(torch.tanh(self.wide(x)))
+        return self.c_proj(torch.tanh(self.c_fc(torch.tanh(self.square(x)))))
+
+
+def small(dtype: torch.dtype = torch.float32) -> Small:
+    model = Small()
+    randomise(model, 7, scale=0.1)
+    return model.to(dtype)
+
+
+def train(model: nn.Module, steps: int = 5) -> nn.Module:
+    """A few real steps on random data."""
+    generator = torch.Generator().manual_seed(11)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        x, y = torch.randn(32, 96, generator=generator), torch.randn(32, 48, generator=generator)
+        optimiser.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimiser.step()
+    return model
+
+
+def merged_in_place(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that the trained model in memory computes with: its own, changed base and the delta."""
+    return {n: v.detach().clone() for n, v in copy.deepcopy(model).merge_and_unload().state_dict().items()}
+
+
+LINEARS = ["wide", "tall", "square"]
+CHANGED = {
+    "pissa": lambda: LoraConfig(
+        r=5, lora_alpha=8, init_lora_weights="pissa", target_modules=[*LINEARS, "c_fc", "c_proj"],
+        rank_pattern={"tall": 3},
+    ),
+    "pissa-rslora": lambda: LoraConfig(
+        r=5, lora_alpha=8, init_lora_weights="pissa", target_modules=LINEARS, use_rslora=True
+    ),
+    "olora": lambda: LoraConfig(
+        r=5, lora_alpha=8, init_lora_weights="olora", target_modules=LINEARS, alpha_pattern={"tall": 3}
+    ),
+    "kasa": lambda: LoraConfig(r=5, lora_alpha=8, kasa_config=KasaConfig(), target_modules=LINEARS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_adapters_on_a_changed_base_merge_into_the_original(name: str, tmp_path: Path) -> None:
+    before = small().state_dict()
+    model = train(get_peft_model(small(), CHANGED[name]()))
+    adapter = save_adapter(model, tmp_path / "adapter")
+    assert lt.load(adapter).config.raw["init_lora_weights"] in {"pissa", "olora", True}
+    expected = merged_in_place(model)
+    actual = merged_by_us(
+        save_state(before, tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors"
+    )
+    plain = {k: v.double() for k, v in before.items()}
+    for key, truth in expected.items():
+        # PEFT decomposes in float32, whose error in the part taken out is several units of the weight.
+        assert relative(actual[key], truth) < 3e-6, key
+    moved = relative(plain["wide.weight"], expected["wide.weight"])
+    assert moved > 1e-2
+
+
+@pytest.mark.parametrize("dtype", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("method", ["pissa", "olora", "kasa"])
+def test_the_part_taken_out_is_the_decomposition_in_float64(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    # In 16 bits PEFT rounds the base without that part before it adds the delta; here the result is rounded only.
+    adapter = save_adapter(train(get_peft_model(small(), CHANGED[method]())), tmp_path / "adapter")
+    before = small(dtype).state_dict()
+    actual = merged_by_us(
+        save_state(before, tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors"
+    )
+    trained_tensors = load_state(adapter)
+    for name, rank, scaling in (("wide", 5, 8 / 5), ("square", 5, 8 / 5)):
+        weight = before[f"{name}.weight"].double().numpy()
+        up, down = (
+            trained_tensors[f"base_model.model.{name}.lora_{side}.weight"].double().numpy() for side in "BA"
+        )
+        if method == "olora":
+            q, r = np.linalg.qr(weight)
+            taken = scaling * q[:, :rank] @ r[:rank]
+        else:
+            u, s, v = np.linalg.svd(weight, full_matrices=False)
+            part = slice(0, rank) if method == "pissa" else slice(len(s) - rank, None)
+            taken = (u[:, part] * s[part]) @ v[part]
+        if method == "kasa":
+            up = up * trained_tensors[f"base_model.model.{name}.lora_diag"].double().numpy()
+        truth = torch.from_numpy(weight - taken + scaling * up @ down)
+        assert_same(name, actual[f"{name}.weight"], rounded_once(truth, before[f"{name}.weight"]))
+
+
+# --- several adapters, and weights ----------------------------------------------------------------------------------
+
+
+def plain_pair(folder: Path, dtype: torch.dtype = torch.float32) -> list[Path]:
+    """Two LoRAs of different ranks, scales and modules."""
+    first = Case("first", lora(r=6, lora_alpha=10, target_modules=["wide", "square", "c_proj", "embed"]))
+    second = Case(
+        "second", lora(r=3, lora_alpha=7, use_rslora=True, target_modules=["wide", "plane", "c_proj"])
+    )
+    return [
+        trained(case, folder / case.name, dtype, None, seed=seed)
+        for seed, case in enumerate((first, second), start=5)
+    ]
+
+
+def summed(adapters: list[Path], weights: list[float], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """W + Σ wᵢ (Uᵢ(W) - W) in float64, each Uᵢ being what PEFT makes of W alone; rounded once."""
+    base = toy(dtype).double().state_dict()
+    total = {name: value.clone() for name, value in base.items()}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, value in merged_by_peft(toy(dtype).double(), adapter).items():
+            total[name] += weight * (value - base[name])
+    return {name: rounded_once(value, torch.empty(0, dtype=dtype)) for name, value in total.items()}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -1.3], [0.3, 0.0]])
+def test_two_adapters_are_summed_against_the_original(
+    weights: list[float], base: str, tmp_path: Path
+) -> None:
+    # PEFT adds one after another and rounds in between, so in 16 bits only float64 is the oracle.
+    dtype = BASES[base]
+    adapters = plain_pair(tmp_path, dtype)
+    before = toy(dtype).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    actual = merged_by_us(source, adapters, tmp_path / "out.safetensors", weights=weights)
+    assert_same_tensors(actual, summed(adapters, weights, dtype), before, slack=WIDE)
+
+
+def test_two_plain_adapters_are_what_peft_concatenates(tmp_path: Path) -> None:
+    cases = [Case("a", lora(r=6, lora_alpha=10)), Case("b", lora(r=3, lora_alpha=7))]
+    adapters = [trained(c, tmp_path / c.name, torch.float32, None, seed=s) for s, c in enumerate(cases)]
+    model = PeftModel.from_pretrained(toy(torch.float32), adapters[0], adapter_name="a")
+    model.load_adapter(adapters[1], adapter_name="b")
+    model.add_weighted_adapter(["a", "b"], [0.6, 1.7], "both", combination_type="cat")
+    model.set_adapter("both")
+    expected = model.merge_and_unload().state_dict()
+    before = toy(torch.float32).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    actual = merged_by_us(source, adapters, tmp_path / "out.safetensors", weights=[0.6, 1.7])
+    assert_same_tensors(actual, expected, before)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_three_adapters_of_different_kinds(base: str, tmp_path: Path) -> None:
+    # DoRA and IA3 need the weight: each is taken against the original base, then the differences are added.
+    dtype = BASES[base]
+    cases = [
+        Case("dora", lora(use_dora=True, target_modules=["wide", "c_proj"])),
+        Case(
+            "ia3",
+            lambda: IA3Config(target_modules=["wide", "square", "plane"], feedforward_modules=["square"]),
+        ),
+        Case("loha", lambda: LoHaConfig(r=4, alpha=7, target_modules=["wide", "plane"], init_weights=False)),
+    ]
+    weights = [0.5, 0.8, 1.5]
+    adapters = [trained(c, tmp_path / c.name, dtype, None, seed=s) for s, c in enumerate(cases)]
+    before = toy(dtype).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    actual = merged_by_us(source, adapters, tmp_path / "out.safetensors", weights=weights)
+    assert_same_tensors(actual, summed(adapters, weights, dtype), before, slack=WIDE)
+
+
+@pytest.mark.parametrize("kind", ["linear", "loha-conv", "lokr-both", "adalora", "embedding", "bd-lora"])
+def test_a_negative_weight_takes_an_adapter_out_again(kind: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == kind)
+    adapter = trained(case, tmp_path / "adapter", torch.float32, None)
+    before = toy(torch.float32).state_dict()
+    source = save_state(before, tmp_path / "base.safetensors")
+    merged_by_us(source, adapter, tmp_path / "merged.safetensors")
+    restored = merged_by_us(
+        tmp_path / "merged.safetensors", adapter, tmp_path / "out.safetensors", weights=[-1]
+    )
+    for name, value in before.items():
+        assert relative(restored[name], value) < 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["dora-linear", "ia3", "modules-to-save", "trainable-tokens"])
+def test_what_is_no_plain_sum_cannot_be_taken_out(kind: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == kind)
+    adapter = trained(case, tmp_path / "adapter", torch.float32, None)
+    source = save_state(toy(torch.float32).state_dict(), tmp_path / "base.safetensors")
+    with pytest.raises(lt.Unsupported, match=r"\.weight is not a plain sum"):
+        lt.merge(source, adapter, tmp_path / "out.safetensors", weights=[-1])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# --- memory, executors ----------------------------------------------------------------------------------------------
+
+EVERYTHING = [
+    "linear",
+    "conv1d-of-gpt2",
+    "dora-gpt2",
+    "dora-convolutions",
+    "ia3",
+    "lokr-conv",
+    "modules-to-save",
+]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", EVERYTHING)
+def test_memory_gives_the_bytes_of_files(kind: str, base: str, tmp_path: Path) -> None:
+    case, dtype = next(case for case in CASES if case.name == kind), BASES[base]
+    adapter = trained(case, tmp_path / "adapter", dtype, None)
+    before = toy(dtype).state_dict()
+    written = merged_by_us(
+        save_state(before, tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors"
+    )
+    config = lt.load(adapter).config.raw
+    held = lt.merge(before, lt.load(load_state(adapter), config=config)).state_dict
+    assert held is not None
+    assert set(held) == set(written)
+    for name, value in written.items():
+        assert torch.equal(held[name], value), name
+
+
+@pytest.mark.parametrize("kind", [*EVERYTHING, "pissa"])
+def test_any_number_of_workers_writes_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    if kind == "pissa":
+        model, adapter = small(), save_adapter(get_peft_model(small(), CHANGED[kind]()), tmp_path / "adapter")
+    else:
+        case = next(case for case in CASES if case.name == kind)
+        model, adapter = toy(torch.bfloat16), trained(case, tmp_path / "adapter", torch.bfloat16, None)
+    source = save_state(model.state_dict(), tmp_path / "base.safetensors")
+    found = []
+    for executor, jobs in (("inline", 1), ("threads", 1), ("threads", 2), ("threads", 3), ("threads", 3)):
+        out = tmp_path / f"{executor}-{jobs}-{len(found)}" / "out.safetensors"
+        out.parent.mkdir()
+        lt.merge(source, adapter, out, executor=executor, jobs=jobs, sync=False)
+        found.append(digest(out))
+    assert all(one == found[0] for one in found), found
