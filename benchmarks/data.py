@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,9 @@ import numpy as np
 from loratools.dtypes import dtype
 from loratools.tensors.base import TensorSpec
 from loratools.tensors.header import layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/merge.py [--rounds 5] [--data DIR] [--no-peft] [--smoke]
 
-Modes: *warm*, inputs in the page cache, nothing synced; *durable*, the same with a sync inside the time of both; *cold*,
-inputs evicted from the page cache before each run (needs no privilege: ``posix_fadvise``). Before every run the output is
-removed and the disk is quiet.
+Modes: *warm*, inputs in the page cache, nothing synced; *durable*, the same with a sync inside the time of both;
+*cold*, inputs evicted from the page cache before each run (needs no privilege: ``posix_fadvise``). Before every run the
+output is removed and the disk is quiet.
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ def measure(data: Path, shape: Shape, rounds: int, *, peft: bool) -> None:
         Tool("loratools merge (sync)", ours),
     ]
     if peft:
-        tools.append(Tool("PEFT merge_and_unload", [sys.executable, "-c", PEFT_SCRIPT, str(base), str(adapter), str(out)]))
+        command = [sys.executable, "-c", PEFT_SCRIPT, str(base), str(adapter), str(out)]
+        tools.append(Tool("PEFT merge_and_unload", command))
     modes = {"warm": tools[:2] + tools[3:], "durable": [tools[0], tools[2]], "cold": tools[:2]}
     for mode, chosen in modes.items():
-        for _ in range(rounds if mode != "warm" else rounds):
+        for _ in range(rounds):
             for tool in chosen:
                 tool.seconds.setdefault(mode, []).append(one_run(tool, base, out, mode))
     print_table(tools, modes)

@@ -30,8 +30,8 @@ def main() -> None:
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
             "loratools --help": [sys.executable, "-m", "loratools", "--help"],
-            "loratools inspect --json, 1,008 tensors": [sys.executable, "-m", "loratools", "inspect", weights, "--json"],
             "loratools inspect, 1,008 tensors": [sys.executable, "-m", "loratools", "inspect", weights],
+            "the same with --json": [sys.executable, "-m", "loratools", "inspect", weights, "--json"],
         }
         seen: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(rounds):

@@ -1,8 +1,8 @@
 """Inspect, validate, merge and verify LoRA adapters: exact, streamed, without loading the model.
 
 >>> import loratools as lt
->>> sorted(name for name in dir(lt) if name in {"inspect", "load", "merge", "plan_merge", "validate", "verify"})
-['inspect', 'load', 'merge', 'plan_merge', 'validate', 'verify']
+>>> {"inspect", "load", "merge", "plan_merge", "run_merge", "validate", "verify"} <= set(dir(lt))
+True
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _PUBLIC = {
     "load": "loratools.verbs.load",
     "merge": "loratools.verbs.merge",
     "plan_merge": "loratools.verbs.merge",
+    "run_merge": "loratools.verbs.merge",
     "validate": "loratools.verbs.validate",
     "verify": "loratools.verbs.verify",
 }
@@ -34,7 +35,8 @@ _PUBLIC = {
 # Spelled out, because type checkers take a name as public only where they can read it.
 __all__ = [
     "Adapter", "Finding", "InspectReport", "LoratoolsError", "MergePlan", "MergeReport", "Module",
-    "ValidationReport", "VerificationReport", "__version__", "inspect", "load", "merge", "plan_merge", "validate", "verify",
+    "ValidationReport", "VerificationReport", "__version__", "inspect", "load", "merge", "plan_merge", "run_merge",
+    "validate", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from loratools.errors import LoratoolsError
     from loratools.verbs.inspect import inspect
     from loratools.verbs.load import load
-    from loratools.verbs.merge import MergePlan, merge, plan_merge
+    from loratools.verbs.merge import MergePlan, merge, plan_merge, run_merge
     from loratools.verbs.reports import (
         Finding,
         InspectReport,

@@ -171,10 +171,9 @@ def _low_rank(module: Module, double: bool) -> LowRank:
 def _lora(module: Module, double: bool) -> Update:
     from loratools.deltas.residual import Residual
 
-    delta = _low_rank(module, double)
-    if init := module.options.get("init"):
-        return Residual(delta, init, module.rank or 0, module.scaling or 0.0)
-    return delta
+    if init := module.options.get("init"):  # the part taken out and the delta nearly cancel: in float64
+        return Residual(_low_rank(module, True), init, module.rank or 0, module.scaling or 0.0)
+    return _low_rank(module, double)
 
 
 def _load_expert(module: Module, index: int, double: bool) -> Delta:
@@ -249,8 +248,7 @@ def _lokr(module: Module, double: bool) -> Update:
 def _lora_bias(module: Module, double: bool) -> Update:
     from loratools.deltas.full import Dense
 
-    scaling = (module.scaling or 0.0) / module.options.get("times", 1)
-    return Dense(module.array("up_bias", double).reshape(-1, 1), scaling)
+    return Dense(module.array("up_bias", double).reshape(-1, 1), module.scaling or 0.0)
 
 
 def _ia3_bias(module: Module, double: bool) -> Update:

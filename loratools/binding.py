@@ -95,6 +95,7 @@ class Binding:
 
 
 _EXPERT = re.compile(r"(?P<owner>.*\.experts)\.(?P<index>\d+)\.(?P<part>[A-Za-z0-9_]+)")
+_NATURAL = ".(out, in)"  # no name of a module
 _MAX_STRIPPED = 4  # name components that a prefix change may drop
 
 
@@ -144,18 +145,35 @@ class _Base:
             return False
         return f"{expert['owner']}.{EXPERT_PARTS[expert['part']].fused}" in self.disk
 
+    def stored_transposed(self, weight: str, flag: object) -> bool:
+        """Whether a square weight is stored (in, out), as in GPT-2's Conv1D, which its own shape cannot tell.
+
+        Modules of the same name tell, in all layers; else those beside it. PEFT's ``fan_in_fan_out`` speaks of the
+        last layer that was adapted only, so it is heard where no module is seen to be stored (out, in).
+        """
+        path = weight.removesuffix(".weight")
+        parent, _, last = path.rpartition(".")
+        vote = self._votes[last] or self._votes[f"{parent}."]
+        return vote > 0 or (vote == 0 and flag is True and not self._votes[_NATURAL])
+
     @cached_property
-    def transposed_names(self) -> set[str]:
-        """Last components of modules stored (in, out), as GPT-2's Conv1D: seen where a bias has the length of the last dimension and not of the first."""
+    def _votes(self) -> Counter[str]:
+        """By last component, and by "parent.": modules stored (in, out) minus those stored (out, in).
+
+        Under :data:`_NATURAL`, how many of the latter there are. Seen where a bias has the length of one dimension
+        and not of the other.
+        """
         votes: Counter[str] = Counter()
         for name in self.disk:
-            if not name.endswith(".weight"):
-                continue
-            path = name.removesuffix(".weight")
-            shape, bias = self.shape(name), f"{path}.bias"
-            if len(shape) == 2 and shape[0] != shape[1] and bias in self.disk:
-                votes[path.rpartition(".")[2]] += 1 if self.shape(bias) == shape[1:] else -1
-        return {last for last, count in votes.items() if count > 0}
+            path, bias = name.removesuffix(".weight"), name.removesuffix("weight") + "bias"
+            shape = self.shape(name)
+            if name.endswith(".weight") and len(shape) == 2 and shape[0] != shape[1] and bias in self.disk:
+                parent, _, last = path.rpartition(".")
+                vote = 1 if self.shape(bias) == shape[1:] else -1
+                votes[last] += vote
+                votes[f"{parent}."] += vote
+                votes[_NATURAL] += vote < 0
+        return votes
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +201,7 @@ class _Spelling:
         return ", ".join(changes)
 
 
-def bind(
-    adapter: Adapter, base: BaseModel, faults: list[tuple[str, Mismatch]] | None = None
-) -> Binding:
+def bind(adapter: Adapter, base: BaseModel, faults: list[tuple[str, Mismatch]] | None = None) -> Binding:
     """Find the place of every module and extra of an adapter in a base; reads no values.
 
     Args:
@@ -403,21 +419,25 @@ class _Binder:
             return Target(disk)
         if module.shape == shape:
             square = shape[0] == shape[-1]
-            last = weight.removesuffix(".weight").rpartition(".")[2]
-            return Target(disk, transposed=square and last in self.base.transposed_names)
+            return Target(disk, transposed=square and self._square_is_transposed(weight))
         require_shape(name, module.shape[::-1] if module.shape[::-1] == shape else module.shape, shape)
         return Target(disk, transposed=True)
 
     def _scaled(self, name: str, weight: str, module: Module) -> Target:
-        """IA3 scales output features, or input features of a feed-forward; its vector is stored as (out, 1) or (1, in)."""
+        """IA3 scales output features, or inputs of a feed-forward; its vector is stored as (out, 1) or (1, in)."""
         shape = self.base.shape(weight)
-        last = weight.removesuffix(".weight").rpartition(".")[2]
         along = 1 if module.options["feedforward"] else 0
-        fits = [prod(module.shape) == shape[along], prod(module.shape) == shape[1 - along] and len(shape) == 2]
+        fits = [
+            prod(module.shape) == shape[along],
+            prod(module.shape) == shape[1 - along] and len(shape) == 2,
+        ]
         if not any(fits):
             raise ShapeMismatch(name, module.shape, shape)
-        transposed = last in self.base.transposed_names if all(fits) else fits[1]
+        transposed = self._square_is_transposed(weight) if all(fits) else fits[1]
         return Target(self.base.disk[weight], transposed=transposed)
+
+    def _square_is_transposed(self, weight: str) -> bool:
+        return self.base.stored_transposed(weight, self.adapter.config.raw.get("fan_in_fan_out"))
 
     def _parameter(self, name: str, path: str, module: Module) -> Iterator[Target]:
         """A parameter named by ``target_parameters``; a fused expert tensor, or the checkpoint's separate experts."""
@@ -438,7 +458,7 @@ class _Binder:
     def _which_parameter(self, name: str, path: str, module: Module) -> str | None:
         """The parameter a wrapper adapts: the innermost wrapper has the one its module defines first."""
         listed = [entry.rpartition(".") for entry in self.adapter.config.raw.get("target_parameters") or ()]
-        mine = [last for owner, _, last in listed if path == owner or path.endswith("." + owner)]
+        mine: list[str] = [last for owner, _, last in listed if path == owner or path.endswith("." + owner)]
         order = {last: i for i, last in enumerate(FUSED_EXPERTS)}
         mine = sorted(dict.fromkeys(mine), key=lambda last: (order.get(last, len(order)), last))
         if not mine:
@@ -492,7 +512,7 @@ class _Binder:
         if not numbers:
             raise Mismatch(
                 f"{self.adapter.name}: {name} adapts square experts {list(shape)}, and no peft_version says which way",
-                hint="PEFT before 0.19.1 wrote (in, out), later versions (out, in); add peft_version to adapter_config.json",
+                hint="PEFT before 0.19.1 wrote (in, out), later ones (out, in); add peft_version to adapter_config.json",
             )
         return numbers < (0, 19, 1) or (fused and self._interleaved())
 

@@ -24,8 +24,8 @@ CONFIG_NAME = "config.json"
 
 # Files that hold weights, or an unmerged copy of the model in another format.
 _WEIGHT_SUFFIXES = {
-    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".keras", ".msgpack",
-    ".ot", ".tflite", ".mlmodel", ".mlpackage", ".npz", ".pkl", ".pickle", ".joblib", ".engine", ".xml",
+    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".keras",
+    ".msgpack", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".npz", ".pkl", ".pickle", ".joblib", ".engine", ".xml",
 }  # fmt: skip
 _WEIGHT_STARTS = ("consolidated", "pytorch_model", "tf_model", "flax_model", "rust_model", "openvino_model")
 _SKIPPED_FOLDERS = {".git", ".cache", ".huggingface", "__pycache__"}

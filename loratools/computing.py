@@ -81,6 +81,9 @@ class Survival:
         rows = len(block.before)
         intended = (block.values[:rows] - block.before).reshape(-1)
         actual = (rounded[:rows] - block.before).reshape(-1)
+        if not math.isfinite(float(np.dot(actual, actual))):  # a NaN of the base would hide all the others
+            finite = np.isfinite(intended) & np.isfinite(actual)
+            intended, actual = intended[finite], actual[finite]
         self.product += float(np.dot(actual, intended))
         self.intended += float(np.dot(intended, intended))
         self.actual += float(np.dot(actual, actual))
@@ -192,7 +195,7 @@ def _load_term(term: Term, height: int, width: int, double: bool) -> _Placed:
     if update.shape != covered:
         raise ShapeMismatch(term.name, update.shape, covered)
     return _Placed(
-        update, rows, cols, term.module.is_delta or term.part == "bias" and term.module.kind == "lora"
+        update, rows, cols, term.module.is_delta or (term.part == "bias" and term.module.kind == "lora")
     )
 
 
@@ -275,7 +278,7 @@ def round_block(step: WeightStep, block: Block, out: Array | None = None) -> Arr
     flat = block.values.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         square = float(np.dot(flat, flat))  # finite and small enough: so is every entry
-    if not square < min(largest(step.spec.dtype) ** 2, 3e38):
+    if not square < min(largest(step.spec.dtype), 1.7e19) ** 2:
         _find_non_finite(step, block, raw)
     return raw
 

@@ -143,14 +143,13 @@ def compatible(stored: Dtype) -> bool:
 @cache
 def largest(stored: Dtype) -> float:
     """The largest finite value of a float type."""
-    import numpy as np
+    if stored.name in {"F16", "F32", "F64"}:
+        import numpy as np
 
-    kind = numpy_dtype(stored)
-    if kind.kind == "f":
-        return float(np.finfo(kind).max)
+        return float(np.finfo(numpy_dtype(stored)).max)
     import ml_dtypes
 
-    return float(ml_dtypes.finfo(kind).max)
+    return float(ml_dtypes.finfo(getattr(ml_dtypes, str(stored.numpy))).max)
 
 
 def widen(raw: Array, stored: Dtype, out: Array | None = None) -> Array:

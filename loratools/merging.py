@@ -1,4 +1,4 @@
-"""From adapters bound to a base to the list of tensors a merge writes: conflicts, tied and resized embeddings decided."""
+"""From adapters and a base to the tensors a merge writes: conflicts, tied and resized embeddings are decided here."""
 
 from __future__ import annotations
 
@@ -149,6 +149,9 @@ class _Sorter:
         self.bindings = bindings
         self.weights = weights
         self.on_conflict = on_conflict
+        # Of tied embeddings: a copy of one, saved beside its LoRA, is a copy of both.
+        tie = base.tie
+        self.partners = {} if tie is None else {tie.embedding: tie.head, tie.head: tie.embedding}
 
     def output(self, name: str, spec: TensorSpec | None, start: str | None = None) -> Output:
         """One tensor of the result.
@@ -167,11 +170,11 @@ class _Sorter:
             if one.terms or one.replacement is not None or one.rows is not None:
                 _require_weight(adapter, name, one)
                 contributions.append(one)
-            copy = binding.copies.get(name) or binding.copies.get(self._partner(name))
+            copy = binding.copies.get(name) or binding.copies.get(self.partners.get(name, ""))
             if copy is not None and spec is not None and copy.shape != spec.shape:
                 copies.append(copy)
         contributions = self._settle(name, contributions)
-        if copies:  # trained on a resized embedding, which came along: start from that
+        if copies and spec is not None:  # trained on a resized embedding, which came along: start from that
             base, spec = self._resized_start(name, spec, copies, contributions)
         replacing = next((c.replacement for c in contributions if c.replacement is not None), None)
         if spec is None:
@@ -180,11 +183,6 @@ class _Sorter:
         if replacing is not None:
             return self._replaced(name, spec, base, contributions, replacing)
         return Output(name, spec, base, tuple(contributions))
-
-    def _partner(self, name: str) -> str:
-        """The other name of a tied embedding: a copy of one, saved beside its LoRA, is a copy of both."""
-        tie = self.base.tie
-        return "" if tie is None else {tie.embedding: tie.head, tie.head: tie.embedding}.get(name, "")
 
     def _resized_start(
         self, name: str, spec: TensorSpec, copies: list[TensorRef], contributions: list[Contribution]
@@ -334,7 +332,8 @@ class _Tied:
             return False
         if str(self.base.config.get("model_type")) in _TIED_SCALE:
             raise Unsupported(
-                f"{tie.embedding} and the head are one weight, and this architecture scales its output only while they are",
+                f"{tie.embedding} and the head are one weight, and this architecture scales its output only while "
+                "they are",
                 hint="an adapter on tied embeddings of this family cannot be merged; keep it as an adapter",
             )
         return True

@@ -51,12 +51,32 @@ DIALECTS = (
         ),
     ),
     Dialect(
+        "dinov2",
+        (
+            (r"attention\.attention\.query", "attention.q_proj"),
+            (r"attention\.attention\.key", "attention.k_proj"),
+            (r"attention\.attention\.value", "attention.v_proj"),
+            (r"attention\.output\.dense", "attention.o_proj"),
+        ),
+    ),
+    Dialect(
+        "swin",
+        (
+            (r"attention\.self\.query", "attention.q_proj"),
+            (r"attention\.self\.key", "attention.k_proj"),
+            (r"attention\.self\.value", "attention.v_proj"),
+            (r"attention\.output\.dense", "attention.o_proj"),
+            (r"intermediate\.dense", "mlp.fc1"),
+            (r"output\.dense", "mlp.fc2"),
+        ),
+    ),
+    Dialect(
         "llava",
         (
             (r"^language_model\.lm_head", "lm_head"),
             (r"^language_model\.model", "model.language_model"),
             (r"^language_model", "model.language_model"),
-            (r"^(vision_tower|multi_modal_projector|image_newline|audio_tower)", r"model.\1"),
+            (r"^(vision_tower|vision_model|multi_modal_projector|image_newline|audio_tower)", r"model.\1"),
         ),
     ),
     Dialect(

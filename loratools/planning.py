@@ -254,7 +254,8 @@ def plan_steps(
         outputs: by file name, in the order of their bytes.
         metadata: by file name.
     """
-    files, steps = [], []
+    files: list[OutputFile] = []
+    steps: list[Step] = []
     for number, (name, tensors) in enumerate(outputs.items()):
         listed = list(tensors)
         header, offsets = layout(((t.name, t.spec) for t in listed), metadata.get(name, {}))

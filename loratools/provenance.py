@@ -1,4 +1,4 @@
-"""The record every output carries of what made it: names and hashes of headers, never an absolute path, never a time."""
+"""The record every output carries of what made it: names and hashes of headers, no absolute path and no time."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def _header_hash(shards: list[SafetensorsFile]) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(shard.file.read(shard.header.data_start, 0))
+        shard.file.close()
     return digest.hexdigest()
 
 

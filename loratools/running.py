@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from loratools.errors import LoratoolsError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from loratools.executors.base import Executor
     from loratools.planning import Plan, Step
 
-__all__ = ["RunResult", "Sink", "default_jobs", "one_blas_thread", "peak_memory", "run"]
+__all__ = ["RunResult", "Sink", "default_jobs", "one_blas_thread", "peak_memory", "quiet", "run"]
 
 Measure = Literal["none", "first", "all"]
 
@@ -97,7 +98,8 @@ def run(
             sink.copy(step)
             seen = None
         else:
-            seen = _compute(step, sink, measure)
+            with quiet():
+                seen = _compute(step, sink, measure)
         sink.finish(index, step)
         return index, seen
 
@@ -165,6 +167,13 @@ def _by_weight(plan: Plan, seen_at: dict[int, Survival]) -> dict[str, Survival]:
     return total
 
 
+def quiet() -> contextlib.AbstractContextManager[Any]:
+    """No warnings from numpy in this thread: values that are not finite are looked for, and named, where they count."""
+    import numpy as np
+
+    return np.errstate(all="ignore")
+
+
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
     """BLAS at one thread while workers run side by side: the same bytes for any number of them, and no barriers."""
@@ -183,6 +192,10 @@ def default_jobs() -> int:
 
 def peak_memory() -> int | None:
     """Most memory this process has held so far, in bytes; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError):  # Linux: rusage would count the process this one was forked from
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -74,6 +74,8 @@ class FileSink:
 
     def _open(self, *, resume: bool) -> None:
         recover(self.output)
+        if os.path.lexists(old := set_aside(self.output)[1]):
+            raise _in_the_way(old)
         if os.path.lexists(self.part):
             self._require_own_part()
             self.done = self._read_journal() if resume else self._start_over()
@@ -97,10 +99,7 @@ class FileSink:
         own = self._journal_path().is_file() or made_by_loratools(self.part)
         own = own or (real and self.folder and not any(self.part.iterdir()))
         if not real or self.part.is_symlink() or not own:
-            raise OutputExists(
-                f"{self.part} is in the way, and loratools did not leave it there",
-                hint="remove it by hand if it may go, or give the output another name",
-            )
+            raise _in_the_way(self.part)
 
     def path(self, number: int) -> Path:
         """Where a file of the plan lies while it is written."""
@@ -385,6 +384,13 @@ def standing(output: Path) -> Path | None:
     """Where an existing output lies: under its name, or aside where a replacement was cut short; None if nowhere."""
     old = set_aside(output)[1]
     return next((path for path in (output, old) if os.path.lexists(path)), None)
+
+
+def _in_the_way(path: Path) -> OutputExists:
+    return OutputExists(
+        f"{path} is in the way, and loratools did not leave it there",
+        hint="remove it by hand if it may go, or give the output another name",
+    )
 
 
 def recover(output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small transformers models built from configurations and seeds, PEFT adapters for them, and comparisons of checkpoints."""
+"""Small transformers models made from configurations and seeds, PEFT adapters for them, comparisons of checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -288,7 +288,7 @@ class Difference:
 
 
 def assert_same_checkpoint(found: Path, wanted: Path, base: Path) -> None:
-    """The same tensors: to 1e-6 in float32; in sixteen bits all but 2e-5 equal, and those one representable value apart."""
+    """The same tensors: to 1e-6 in float32; in sixteen bits all but 2e-5 of them equal, the rest one step apart."""
     mine, theirs, before = tensors(found), tensors(wanted), tensors(base)
     assert mine.keys() == theirs.keys()
     difference = Difference()

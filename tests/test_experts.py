@@ -135,9 +135,9 @@ def write_fused_adapter(
     """What PEFT writes for ``target_parameters``; ``exchanged`` where it takes the parameter's rows for its inputs."""
     parameters = sorted({parameter for _, parameter in factors})
     stored = {}
-    for (layer, parameter), (up, down) in factors.items():
-        if exchanged:  # (B A)ᵀ = Aᵀ Bᵀ
-            up, down = down.transpose(0, 2, 1), up.transpose(0, 2, 1)
+    for (layer, parameter), pair in factors.items():
+        # (B A)ᵀ = Aᵀ Bᵀ
+        up, down = (factor.transpose(0, 2, 1) for factor in reversed(pair)) if exchanged else pair
         wrapped = ".base_layer" if parameter == "gate_up_proj" and len(parameters) == 2 else ""
         owner = f"base_model.model.model.layers.{layer}.mlp.experts{wrapped}"
         order = (1, 0, 2) if blockwise else (1, 2, 0)

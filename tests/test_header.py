@@ -171,7 +171,7 @@ def test_same_tensor_in_two_shards(tmp_path):
         ShardedCheckpoint(tmp_path, {"w": "a.safetensors", "v": "b.safetensors"}, tmp_path / "i.json")
 
 
-# --- things that are not files -------------------------------------------------------------------------
+# --- things that are not files --------------------------------------------------------------------------
 
 
 def test_a_folder_in_place_of_a_file(tmp_path, adapter):
@@ -240,7 +240,7 @@ def test_descriptors_are_closed_after_a_refusal(tmp_path):
     assert len(list(descriptors.iterdir())) == before
 
 
-# --- what must be accepted -----------------------------------------------------------------------------
+# --- what must be accepted ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metadata", ["", '"__metadata__":null,', '"__metadata__":{},'])

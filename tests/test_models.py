@@ -75,8 +75,8 @@ def test_index_names_every_tensor_where_it_is(name: str, tmp_path: Path) -> None
     lt.merge(trained.base, trained.adapter, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(tmp_path / "out").keys()
-    for name, file in index["weight_map"].items():
-        assert name in load_file(tmp_path / "out" / file)
+    for key, file in index["weight_map"].items():
+        assert key in load_file(tmp_path / "out" / file)
     stored = sum(t.numel() * t.element_size() for t in tensors(tmp_path / "out").values())
     assert index["metadata"]["total_size"] == stored
 

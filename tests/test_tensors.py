@@ -1,4 +1,4 @@
-"""Files of tensors: ranges, shards, links; and positional I/O that survives short counts and its own absence."""
+"""Files of tensors: ranges, shards, links; and positional I/O that survives short counts and its absence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def _random(count, seed=0):
     return np.random.default_rng(seed).bytes(count)
 
 
-# --- sources --------------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 96), st.integers(0, 96))
@@ -93,7 +94,7 @@ def test_shards_are_one_source(tmp_path, shards):
         np.testing.assert_array_equal(source.read(name, 1, 5), values.reshape(-1)[1:5].astype(np.float32))
         np.testing.assert_array_equal(source.read_bytes(name), values.reshape(-1).view(np.uint8))
         path, offset, size = source.extent(name)
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             file.seek(offset)
             assert file.read(size) == values.tobytes()
 
@@ -113,7 +114,8 @@ def test_many_shards_do_not_hold_a_file_each(tmp_path):
     for name, value in tensors.items():
         save_file({name: value}, tmp_path / f"{name}.safetensors")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 40
+    listed = Path("/proc/self/fd")
+    taken = len(list(listed.iterdir())) if listed.is_dir() else 40
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 20, limits[1]))
     try:
         weight_map = {name: f"{name}.safetensors" for name in tensors}
@@ -142,7 +144,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
         source.read("w")
 
 
-# --- a Hub cache ------------------------------------------------------------------------------------------------
+# --- a Hub cache ----------------------------------------------------------------------------------------
 
 
 def into_hub_cache(folder, cache, name):
@@ -199,7 +201,7 @@ def test_modes_follow_the_umask(tmp_path, umask, file_mode, folder_mode, kind):
     assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} <= {folder_mode}
 
 
-# --- files at offsets -----------------------------------------------------------------------------------------
+# --- files at offsets -----------------------------------------------------------------------------------
 
 
 def test_reads_and_writes(tmp_path, io):
@@ -340,7 +342,7 @@ def test_copies_that_fail_fail(tmp_path, monkeypatch, name):
         raise OSError(getattr(errno, name), "no")
 
     monkeypatch.setattr(files, "_copy_file_range", fails)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="no") as caught:
         copy_range(File(tmp_path / "f"), 0, File(tmp_path / "f", write=True), 0, 10)
     assert caught.value.errno == getattr(errno, name)
 
@@ -353,13 +355,13 @@ def test_a_write_that_moves_nothing_ends(tmp_path, monkeypatch, io):
         File(tmp_path / "f", write=True).write(memoryview(b"abc"), 0)
 
 
-# --- beyond four gigabytes ------------------------------------------------------------------------------------
+# --- beyond four gigabytes ------------------------------------------------------------------------------
 
 _BIG = (4 << 30) + (1 << 20)  # bytes: more than 32 bits count
 
 
 def _sparse(path, tail):
-    """A safetensors file with one tensor of over 4 GB, all hole but its last bytes, and a small one behind it."""
+    """A file with one tensor of over 4 GB, all hole but its last bytes, and a small one behind it."""
     from loratools.dtypes import DTYPES
     from loratools.tensors.header import layout
 

@@ -10,7 +10,7 @@ import click
 from loratools.cli.adapters import load_adapters, require_weights
 from loratools.cli.doorway import Misuse
 from loratools.cli.options import REF, SIZE, computing, shared, weighting
-from loratools.cli.progress import progress, wants_progress
+from loratools.cli.progress import progress
 from loratools.cli.text import counted, fields, listed, one_line, percent, say_json, size, warn
 
 if TYPE_CHECKING:
@@ -93,30 +93,29 @@ def command(
     from loratools.arrays import check_device
     from loratools.executors.base import make_executor
     from loratools.running import default_jobs
+    from loratools.sinks import recover
 
     check_device(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     opened = load_adapters(
         names, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
     )
-    request: dict[str, Any] = {
-        "weights": weight or None, "dtype": dtype, "shard_size": shard_size, "force": force,
-        "allow_unmatched": allow_unmatched, "on_conflict": on_conflict,
-        "blockwise_experts": blockwise_experts,
-    }  # fmt: skip
-    total = 0
-    if dry_run or wants_progress(settings):
-        planned = lt.plan_merge(base, opened, target, **request)
-        planned.plan.require_memory(max_memory, workers.jobs)
-        total = sum(step.nbytes for step in planned.plan.steps)
-        if dry_run:
-            _show_plan(planned.to_dict(workers.jobs), settings)
-            return 0
+    if not dry_run and Path(target).name:
+        recover(Path(target))
+    planned = lt.plan_merge(
+        base, opened, target, weights=weight or None, dtype=dtype, shard_size=shard_size, force=force,
+        allow_unmatched=allow_unmatched, on_conflict=on_conflict, blockwise_experts=blockwise_experts,
+    )  # fmt: skip
+    planned.plan.require_memory(max_memory, workers.jobs)
+    if dry_run:
+        _show_plan(planned.to_dict(workers.jobs), settings)
+        return 0
     settings.on_interrupt = f"nothing was published; add --resume to go on from {target}.part"
+    total = sum(step.nbytes for step in planned.plan.steps)
     with progress("Merging", total, settings, then="Verifying" if verify else None) as on_step:
-        report = lt.merge(
-            base, opened, target, verify=verify, resume=resume, sync=not no_sync, jobs=jobs,
-            executor=executor, device=device, max_memory=max_memory, on_step=on_step, **request,
+        report = lt.run_merge(
+            planned, verify=verify, resume=resume, sync=not no_sync, jobs=jobs, executor=executor,
+            max_memory=max_memory, on_step=on_step,
         )  # fmt: skip
     settings.on_interrupt = None
     warn(report.warnings, settings)

@@ -1,4 +1,4 @@
-"""Adapters trained against a base that their initialisation had changed: the change is redone before the delta is added.
+"""Adapters trained against a base that their initialisation had changed: that is redone before the delta is added.
 
 - PiSSA (Meng et al. 2024, https://arxiv.org/abs/2404.02948) starts from the top singular components of W and trains
   against W minus them.
@@ -48,7 +48,8 @@ class Residual:
         import numpy as np
 
         wide = weight.astype(np.float64)
-        natural = wide.T if self.stored_transposed else wide
+        # PEFT decomposes a Conv1D's weight as (out, in) for PiSSA, and as it is stored for OLoRA.
+        natural = wide.T if self.stored_transposed and self.method != "olora" else wide
         natural -= _taken_out(natural, self.method, self.rank, self.scaling)
         wide += self.delta.rows(start, start + weight.shape[0])
         weight[...] = wide
@@ -65,12 +66,11 @@ def _taken_out(weight: Array, method: Method, rank: int, scaling: float) -> Arra
 
     if method == "olora":
         basis = np.linalg.qr(weight[:, : min(rank, weight.shape[1])])[0]
-        return scaling * (basis @ (basis.T @ weight))
+        spanned: Array = basis @ (basis.T @ weight)
+        return scaling * spanned
     wide = weight.shape[0] <= weight.shape[1]
     gram = weight @ weight.T if wide else weight.T @ weight
     vectors = np.linalg.eigh(gram)[1]  # columns, smallest eigenvalue first
-    if method == "pissa":
-        vectors = vectors[:, -rank:]
-    else:
-        vectors = vectors[:, :rank]
-    return vectors @ (vectors.T @ weight) if wide else (weight @ vectors) @ vectors.T
+    vectors = vectors[:, -rank:] if method == "pissa" else vectors[:, :rank]
+    part: Array = vectors @ (vectors.T @ weight) if wide else (weight @ vectors) @ vectors.T
+    return part

@@ -36,7 +36,7 @@ class Threads:
                         break
                     results.put((function(item), None))
                 results.put((_END, None))
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            except BaseException as error:  # raised again in the caller's thread
                 results.put((_END, error))
 
         workers = [

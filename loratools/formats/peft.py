@@ -216,7 +216,9 @@ def _problem(path: str, kind: str, tensors: Mapping[str, TensorRef], config: Pef
         if role == "ranknum":
             continue
         least = _DIMENSIONS.get(role, 2)
-        if 0 in ref.shape:
+        ranks = ref.shape[1:] if role == "up" else ref.shape[:1]
+        pruned = kind == "adalora" and ranks == (0,)  # which leaves some modules nothing
+        if 0 in ref.shape and not pruned:
             text = f"{role} is empty {list(ref.shape)}: saved without gathering it (DeepSpeed ZeRO-3)"
             return Problem("empty-factor", text)
         if len(ref.shape) < least:
@@ -259,14 +261,13 @@ def _enabled(config: PeftConfig) -> list[bool]:
 def _module(path: str, kind: str, tensors: Mapping[str, TensorRef], config: PeftConfig) -> Module:
     if kind == "ia3":
         scale = tensors["scale"].shape
-        if len(scale) == 2 and scale != (1, 1):  # a matrix's: (1, in) or (out, 1)
-            feedforward = scale[0] == 1
-        else:  # a convolution's is (1, features, 1, 1) either way
-            feedforward = config.feedforward_modules.matches(path)
+        # A matrix's is (1, in) or (out, 1); a convolution's (1, features, 1, 1) either way.
+        telling = len(scale) == 2 and scale != (1, 1)
+        feedforward = scale[0] == 1 if telling else config.feedforward_modules.matches(path)
         return Module(kind, tensors, None, None, None, scale, {"feedforward": feedforward})
     rank, alpha, scaling = effective_scaling(config, _pattern_name(path, config))
     if kind == "adalora":
-        return _adalora(tensors, alpha)
+        return _adalora(tensors, rank, alpha)
     if kind in {"loha", "lokr"}:
         shape = _loha_shape(tensors) if kind == "loha" else _lokr_shape(tensors)
         stored = next((tensors[role].shape[0] for role in _RANK_FIRST if role in tensors), rank)
@@ -287,7 +288,7 @@ def _lora(
     stored = down[0]
     options |= _blocks(path, config)
     if path.endswith(_INNER_PROJECTION) and _adds_twice(config):
-        options["times"], scaling = 2, 2 * scaling
+        scaling = 2 * scaling
     if config.target_parameters and stored != rank and stored % rank == 0 and up[-1:] == down[:1]:
         options["experts"] = stored // rank
         stored = rank
@@ -334,13 +335,13 @@ def _blocks(path: str, config: PeftConfig) -> dict[str, int]:
     return {}
 
 
-def _adalora(tensors: Mapping[str, TensorRef], alpha: float) -> Module:
-    """AdaLoRA's scaling is alpha / (rank + 1e-5), where rank counts what pruning left; ranknum repeats it."""
+def _adalora(tensors: Mapping[str, TensorRef], initial: int, alpha: float) -> Module:
+    """AdaLoRA's scaling is alpha / (init_r + 1e-5): pruning leaves fewer ranks, none perhaps, and the same scaling."""
     rank = tensors["down"].shape[0]
     strength = alpha if alpha > 0 else float(rank)
     roles = {role: ref for role, ref in tensors.items() if role != "ranknum"}
     shape = (tensors["up"].shape[0], *tensors["down"].shape[1:])
-    return Module("adalora", roles, rank, alpha, strength / (rank + 1e-5), shape)
+    return Module("adalora", roles, rank, alpha, strength / (initial + 1e-5), shape)
 
 
 def _loha_shape(tensors: Mapping[str, TensorRef]) -> tuple[int, ...]:
@@ -428,6 +429,7 @@ def _within(path: str, name: str) -> bool:
 
 _PLAIN = ("PiSSA, OLoRA, CorDA and LoRA-GA adapters become plain ones in PEFT: "
           "save_pretrained(path_initial_model_for_weight_conversion=...)")  # fmt: skip
+_BACKBONE = "merge it into the backbone that LoftQ saved with it"
 
 # Initialisations that changed the base in a way that cannot be redone from the base alone.
 _LOST_BASES = {
@@ -481,7 +483,7 @@ def _refusal(config: PeftConfig, modules: Mapping[str, Module]) -> tuple[str, st
     init = config.init.lower() if isinstance(config.init, str) else ""
     for start, reason in _LOST_BASES.items():
         if init.startswith(start):
-            return reason, _PLAIN
+            return reason, _BACKBONE if start == "loftq" else _PLAIN
     for name, refusal in _REFUSED_FIELDS.items():
         value = config.raw.get(name)
         if any(value) if name == "enable_lora" and isinstance(value, list) else value:

@@ -67,7 +67,9 @@ SIGNS = (
     _sign("textual-inversion", "textual inversion", r"emb_params|clip_[lg]|string_to_param.*|<.*>", "an embedding"),
     _sign("nameless", "lora", r"\d+", "a list of tensors without names"),
 )  # fmt: skip
-LORA_FORMATS = frozenset(sign.format for sign in SIGNS if sign.kind in {"lora", "lokr", "loha"}) - {"bare-peft"}
+LORA_FORMATS = frozenset(sign.format for sign in SIGNS if sign.kind in {"lora", "lokr", "loha"}) - {
+    "bare-peft"
+}
 
 # Suffix of a key -> its role in the module before it. A factor in capitals comes as (in, rank) or (rank, out).
 _SUFFIXES = {
@@ -110,7 +112,9 @@ def recognise(
     claimed = {ref.name for module in modules.values() for ref in module.tensors.values()}
     reason = "not part of a module this build reads"
     extras = {
-        key: Extra(TensorRef(source, key), key, "unclaimed", reason) for key in source.specs if key not in claimed
+        key: Extra(TensorRef(source, key), key, "unclaimed", reason)
+        for key in source.specs
+        if key not in claimed
     }
     if sign is None:
         form, kind, evidence = _stranger(source.specs)
@@ -136,7 +140,10 @@ def _refusal(form: str, kind: str, evidence: str) -> tuple[str, str]:
     if form == "bare-peft":
         return f"{evidence}: nothing says how it is scaled", "pass its adapter_config.json with --config"
     if form in LORA_FORMATS:
-        return f"is a LoRA in format {form} ({evidence})", "this build computes with PEFT adapters: convert it first"
+        return (
+            f"is a LoRA in format {form} ({evidence})",
+            "this build computes with PEFT adapters: convert it first",
+        )
     return f"is no adapter: {kind} ({evidence})", "an adapter has pairs of factors in it"
 
 
@@ -144,7 +151,8 @@ def _scale(config: Mapping[str, Any]) -> float | None:
     """The factor MLX writes down; it multiplies the delta as it is."""
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    return float(scale) if type(scale) in (int, float) else None
+    known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    return float(scale) if known and scale is not None else None
 
 
 def _modules(
@@ -231,7 +239,11 @@ def _describe_kronecker(
 
 def _stranger(specs: Mapping[str, object]) -> tuple[str, str, str]:
     if specs and all(name.endswith(_LEFTOVERS) for name in specs):
-        return "stripped", "an adapter without its factors", f"{len(specs)} scalars such as {next(iter(specs))}"
+        return (
+            "stripped",
+            "an adapter without its factors",
+            f"{len(specs)} scalars such as {next(iter(specs))}",
+        )
     weights = [name for name in specs if name.endswith((".weight", ".bias"))]
     evidence = f"{len(specs)} tensors, none of them a factor"
     if len(weights) >= max(2, len(specs) // 2):

@@ -62,14 +62,18 @@ class MemorySource:
         import numpy as np
 
         value, spec = self.tensors[name], self.specs[name]
-        span(spec, start, stop)  # in bounds
+        _, size = span(spec, start, stop)
+        if not size:
+            return np.empty(0, np.uint8)
         stop = spec.count if stop is None else stop
         if is_torch(value):
             if spec.dtype.bits < 8:  # one of torch's elements holds two
                 start, stop = start // 2, stop // 2
             torch = sys.modules["torch"]
             run = _run(value.detach(), start, stop).resolve_conj().resolve_neg().cpu()
-            return np.asarray(run.contiguous().view(torch.uint8).numpy())
+            if run.stride() != (1,):  # even of one element, which torch calls contiguous whatever its stride
+                run = run.clone(memory_format=torch.contiguous_format)
+            return np.asarray(run.view(torch.uint8).numpy())
         run = np.ascontiguousarray(_run(value, start, stop)).view(np.uint8)
         if spec.dtype.bits < 8:  # ml_dtypes gives each element a byte
             return run[0::2] & 0xF | run[1::2] << 4
@@ -145,6 +149,9 @@ def from_bytes(raw: Array, spec: TensorSpec, *, torch_out: bool) -> Any:
         )
         return values.reshape(spec.shape)
     torch = sys.modules["torch"]
+    if not raw.size:  # which torch cannot view as another type
+        kind = torch.float4_e2m1fn_x2 if spec.dtype.bits == 4 else getattr(torch, str(spec.dtype.numpy))
+        return torch.empty(spec.shape, dtype=kind)
     if spec.dtype.bits == 4:
         shape = (*spec.shape[:-1], spec.shape[-1] // 2)
         return torch.from_numpy(raw).view(torch.float4_e2m1fn_x2).reshape(shape)

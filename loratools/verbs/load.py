@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from loratools.formats.opening import open_adapter
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from loratools.adapter import Adapter

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools.adapter import Adapter
 from loratools.arrays import check_device
 from loratools.checkpoints import edit_config, index_file, shard_names, small_files
 from loratools.dtypes import dtype as named_dtype
-from loratools.errors import OutputExists, Unsupported, UnknownFormat
+from loratools.errors import OutputExists, UnknownFormat, Unsupported
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
 from loratools.merging import Conflict, Merged, merge_tensors
@@ -20,19 +21,18 @@ from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
 from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, made_by_loratools, record
 from loratools.refs import local_path
 from loratools.running import default_jobs, peak_memory, run
-from loratools.sinks import FileSink, MemorySink, recover, set_aside, standing
+from loratools.sinks import FileSink, MemorySink, set_aside, standing
 from loratools.tensors.memory import is_torch
 from loratools.verbs.reports import MergeReport, SurvivalSummary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from loratools.adapter import Adapter
     from loratools.models import BaseModel
     from loratools.planning import Step
     from loratools.running import RunResult
 
-__all__ = ["MergePlan", "merge", "plan_merge"]
+__all__ = ["MergePlan", "merge", "plan_merge", "run_merge"]
 
 Ref = str | os.PathLike[str]
 
@@ -49,6 +49,7 @@ class MergePlan:
         plan: files and steps.
         left_out: files of the base that are not carried along.
         output: where the result goes; None for memory.
+        force: an output that loratools made may be replaced.
     """
 
     base: BaseModel
@@ -58,6 +59,7 @@ class MergePlan:
     plan: Plan
     left_out: tuple[str, ...]
     output: Path | None
+    force: bool = False
 
     def to_dict(self, jobs: int = 1) -> dict[str, Any]:
         """The plan in numbers, as ``--dry-run`` prints it."""
@@ -104,7 +106,7 @@ def plan_merge(
     )
     provenance = _provenance(model, opened, factors, dtype)
     plan, left_out = _lay_out(model, opened, merged, provenance, shard_size, in_memory=output is None)
-    return MergePlan(model, opened, factors, merged, plan, left_out, output)
+    return MergePlan(model, opened, factors, merged, plan, left_out, output, force)
 
 
 def merge(
@@ -165,41 +167,56 @@ def merge(
         Incomplete: the disk is full; the ``.part`` stays for ``resume``.
     """
     check_device(device)
-    workers = make_executor(executor, default_jobs() if jobs is None else jobs)
-    if out is not None and Path(out).name:
-        recover(Path(out))
+    make_executor(executor, 1)  # a name that does not exist is refused before anything is opened
     planned = plan_merge(
         base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, allow_unmatched=allow_unmatched,
         on_conflict=on_conflict, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, force=force,
     )  # fmt: skip
+    return run_merge(
+        planned, verify=verify, resume=resume, sync=sync, jobs=jobs, executor=executor, max_memory=max_memory,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def run_merge(
+    planned: MergePlan,
+    *,
+    verify: bool = False,
+    resume: bool = False,
+    sync: bool = True,
+    jobs: int | None = None,
+    executor: str = "threads",
+    max_memory: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> MergeReport:
+    """Carry out a merge that :func:`plan_merge` has planned. Arguments and errors are those of :func:`merge`."""
+    workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     planned.plan.require_memory(max_memory, workers.jobs)
     sink: FileSink | MemorySink
     if planned.output is None:
-        torch_out = not isinstance(base, (str, os.PathLike)) and any(is_torch(v) for v in base.values())
-        sink = MemorySink(planned.plan, torch_out=torch_out)
+        tensors = getattr(planned.base.source, "tensors", {})
+        sink = MemorySink(planned.plan, torch_out=any(is_torch(value) for value in tensors.values()))
     else:
-        sink = FileSink(planned.plan, planned.output, resume=resume, sync=sync, replace=force)
+        sink = FileSink(planned.plan, planned.output, resume=resume, sync=sync, replace=planned.force)
     result = run(planned.plan, sink, workers, measure="all" if verify else "first", on_step=on_step)
-    tensors = _tied_together(planned, sink.tensors) if isinstance(sink, MemorySink) else None
+    merged = _tied_together(planned, sink.tensors) if isinstance(sink, MemorySink) else None
     verified = None
     if verify and planned.output is not None:
         from loratools.verbs.verify import verify_merge
 
-        verified = verify_merge(planned, planned.output, workers).ok
-    return _report(planned, result, verified, tensors)
+        verified = verify_merge(planned, planned.output, workers, on_step=on_step).ok
+    return _report(planned, result, verified, merged)
 
 
 def _open_adapters(
     adapters: Ref | Adapter | Sequence[Ref | Adapter], *, allow_pickle: bool, blockwise: bool
 ) -> tuple[Adapter, ...]:
-    several = (
-        [adapters] if isinstance(adapters, (str, os.PathLike)) or hasattr(adapters, "modules") else adapters
-    )
+    several = [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else adapters
     return tuple(
         open_adapter(one, allow_pickle=allow_pickle, blockwise_experts=blockwise)
         if isinstance(one, (str, os.PathLike))
         else one
-        for one in several  # type: ignore[union-attr]
+        for one in several
     )
 
 
@@ -235,6 +252,11 @@ def _require_output(output: Path, base: BaseModel, adapters: list[Path], *, forc
     found = standing(output)
     if found is None:
         return
+    if not force and found != output:
+        raise OutputExists(
+            f"{output} was being replaced when a run was cut short, and its old state is in {found}",
+            hint="--force goes on and replaces it; renaming it back keeps it",
+        )
     if not force:
         raise OutputExists(f"{output} exists", hint="--force replaces it, if loratools made it")
     if not made_by_loratools(found):

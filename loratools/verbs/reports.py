@@ -145,7 +145,7 @@ class ModuleInfo:
         parameters: stored values.
         dtype: of the stored values, joined with "+" where they differ.
         experts: how many experts the module packs; 1 for an ordinary one.
-        blocks: how many blocks of this rank lie side by side in one fused module (q and v of a qkv); 1 for an ordinary one.
+        blocks: how many blocks of this rank lie side by side in one fused module (q and v of a qkv); 1 usually.
     """
 
     name: str

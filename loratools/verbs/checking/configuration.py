@@ -142,7 +142,7 @@ def _mutated_base(subject: Subject, config: PeftConfig) -> Iterator[Finding]:
     if init in _REDONE:
         yield warning(
             "base-mutated", subject.field("init_lora_weights"),
-            f"{_REDONE[init]} trained it against a base without its leading part: merge takes that out of the base first, "
+            f"{_REDONE[init]} trained it against a base without its leading part: merge takes that out first, "
             "which gives the right weights only with the very base it was trained on",
             "adding the delta to the plain base would be wrong, and most other tools do just that",
         )  # fmt: skip
@@ -175,7 +175,7 @@ def _targets(subject: Subject, config: PeftConfig) -> Iterator[Finding]:
         if unnamed:
             yield warning(
                 "module-not-targeted", few(unnamed),
-                f"{len(unnamed)} of {len(modules)} modules are not named by target_modules: PEFT leaves them out unseen",
+                f"{len(unnamed)} of {len(modules)} modules are not named by target_modules: PEFT leaves them out",
                 "add them to target_modules",
             )  # fmt: skip
         if not isinstance(targets.value, str):

@@ -24,7 +24,7 @@ _NAMED = re.compile(
 )
 _TRAINER = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
 _PICKLES = (*SUFFIXES, ".pkl", ".pickle", ".joblib")
-_ZERO3_HINT = "save again with the parameters gathered (zero3_save_16bit_model, or save_pretrained of the unwrapped model)"
+_ZERO3_HINT = "save again with the parameters gathered, as zero3_save_16bit_model does"
 
 
 def check_format(subject: Subject) -> Iterator[Finding]:
@@ -35,7 +35,8 @@ def check_format(subject: Subject) -> Iterator[Finding]:
     reason, way_out = adapter.refusal
     if adapter.format == "bare-peft":
         yield error(
-            "config-missing", adapter.name, "PEFT factors without adapter_config.json: nothing says how they are scaled",
+            "config-missing", adapter.name,
+            "PEFT factors without adapter_config.json: nothing says how they are scaled",
             "put its adapter_config.json beside it, or pass --config",
         )  # fmt: skip
     elif adapter.format == "peft":
@@ -43,7 +44,8 @@ def check_format(subject: Subject) -> Iterator[Finding]:
     elif adapter.format in LORA_FORMATS:
         yield warning(
             "format-not-checked", adapter.name,
-            f"a LoRA in format {adapter.format} ({adapter.evidence}); this build checks its values and no more", way_out,
+            f"a LoRA in format {adapter.format} ({adapter.evidence}); this build checks its values and no more",
+            way_out,
         )  # fmt: skip
     elif adapter.format in {"unknown", "stripped"}:
         yield error("format-unknown", adapter.name, f"{adapter.kinds[0]}: {adapter.evidence}")
@@ -88,7 +90,8 @@ def check_structure(subject: Subject) -> Iterator[Finding]:
         yield info("not-a-lora", subject.adapter.name, "IA3 multiplies weights rather than adding to them")
     if not subject.adapter.modules and not broken and _expects_modules(config):
         yield error(
-            "no-modules", subject.adapter.name, f"none of {len(source.specs)} tensors is a factor of a {config.peft_type}"
+            "no-modules", subject.adapter.name,
+            f"none of {len(source.specs)} tensors is a factor of a {config.peft_type}"
         )  # fmt: skip
 
 
