@@ -512,7 +512,7 @@ class _Binder:
         if not numbers:
             raise Mismatch(
                 f"{self.adapter.name}: {name} adapts square experts {list(shape)}, and no peft_version says which way",
-                hint="PEFT before 0.19.1 wrote (in, out), later ones (out, in); add peft_version to adapter_config.json",
+                hint="PEFT before 0.19.1 wrote (in, out), later (out, in): set peft_version in adapter_config.json",
             )
         return numbers < (0, 19, 1) or (fused and self._interleaved())
 

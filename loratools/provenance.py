@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import LoratoolsError
@@ -13,6 +12,8 @@ from loratools.tensors.files import read_whole
 from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loratools.tensors.base import TensorSource
 
 __all__ = ["METADATA_KEY", "RECORD_NAME", "identify", "made_by_loratools", "record"]

@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from loratools.errors import LoratoolsError
 from loratools.planning import CopyStep, WeightStep
@@ -168,7 +168,7 @@ def _by_weight(plan: Plan, seen_at: dict[int, Survival]) -> dict[str, Survival]:
 
 
 def quiet() -> contextlib.AbstractContextManager[Any]:
-    """No warnings from numpy in this thread: values that are not finite are looked for, and named, where they count."""
+    """No warnings from numpy in this thread: values that are not finite are looked for and named elsewhere."""
     import numpy as np
 
     return np.errstate(all="ignore")
@@ -192,7 +192,9 @@ def default_jobs() -> int:
 
 def peak_memory() -> int | None:
     """Most memory this process has held so far, in bytes; None where the system does not say."""
-    with contextlib.suppress(OSError, ValueError):  # Linux: rusage would count the process this one was forked from
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # Linux: rusage would count the process this one was forked from
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -15,6 +15,7 @@ import loratools as lt
 from loratools.errors import ShapeMismatch, UnmatchedModules
 from tests.model_helpers import (
     CASES,
+    Case,
     Trained,
     adapt,
     assert_same_checkpoint,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore::FutureWarning", "ignore:.*pattern keys:RuntimeWarning"
+)
 
 # PEFT rounds an expert's delta to the base's type before it adds it; the others are rounded once, as here.
 ROUNDED_TWICE = {"qwen3_moe", "mixtral", "gpt_oss"}
@@ -93,6 +96,54 @@ def test_other_shards_hold_the_same_tensors(name: str, tmp_path: Path) -> None:
     assert fewer.keys() == out.keys()
     assert all(torch.equal(fewer[name], out[name]) for name in out)
     load_cleanly(CASES[name], tmp_path / "fewer")
+
+
+# Other names on disk than in memory: every dialect, on a model that speaks it.
+
+_TEXT = CASES["llama"].fields
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+_MOE = {**_TEXT, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_FUSED = ["experts.gate_up_proj", "experts.down_proj"]
+_LINEAR = {"target_modules": "all-linear"}
+DIALECTS: dict[str, Case] = {
+    "granitemoe": Case("GraniteMoeForCausalLM", "GraniteMoeConfig", _MOE, {**_LINEAR, "target_parameters": _FUSED}),
+    "phimoe": Case("PhimoeForCausalLM", "PhimoeConfig", _MOE, {**_LINEAR, "target_parameters": _FUSED}),
+    "mixtral": Case("MiniMaxForCausalLM", "MiniMaxConfig", _MOE, {**_LINEAR, "target_parameters": _FUSED}),
+    "vit": Case("DeiTForImageClassification", "DeiTConfig", _VISION, _LINEAR),
+    "dinov2": Case("Dinov2Model", "Dinov2Config", {**_VISION, "mlp_ratio": 2}, _LINEAR),
+    "swin": Case(
+        "SwinModel", "SwinConfig",
+        {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
+        _LINEAR,
+    ),
+    "llava": Case(
+        "LlavaForConditionalGeneration", "LlavaConfig", {}, _LINEAR,
+        nested={"text_config": ("LlamaConfig", _TEXT), "vision_config": ("CLIPVisionConfig", _VISION)},
+    ),
+    "qwen2-vl": Case(
+        "Qwen2VLForConditionalGeneration", "Qwen2VLConfig",
+        {
+            "text_config": _TEXT,
+            "vision_config": {
+                "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4
+            },
+        },
+        _LINEAR,
+    ),
+    "gpt-neox": Case("GPTNeoXForCausalLM", "GPTNeoXConfig", _TEXT, {"target_modules": ["lm_head", "dense"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_names_in_memory_are_found_on_disk(dialect: str, tmp_path: Path) -> None:
+    trained = train(DIALECTS[dialect], tmp_path)
+    report = lt.merge(trained.base, trained.adapter, tmp_path / "ours")
+    assert any(f"in the {dialect} spelling" in warning for warning in report.warnings)
+    assert_same_checkpoint(tmp_path / "ours", merged_by_peft(trained, tmp_path / "peft"), trained.base)
+    assert report.modules["bound"] == len(lt.load(trained.adapter).modules)
 
 
 # Prefixes: an adapter's names are looked up in the base, whatever stands before them.

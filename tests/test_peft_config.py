@@ -143,7 +143,7 @@ def test_a_pattern_cannot_stall_or_fill_the_memory(bomb: str) -> None:
 
 
 def test_many_slow_patterns_share_one_budget() -> None:
-    slow = {"x*(?:a|a|aa){0,%d}y" % i: 4 for i in range(20, 60)}
+    slow = {"x*(?:a|a|aa){0," + str(i) + "}y": 4 for i in range(20, 60)}
     faults: list[BadConfig] = []
     patterns = Patterns(slow, "rank_pattern", faults)
     name = "y." + "x" * 40 + "a" * 60

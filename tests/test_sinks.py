@@ -131,7 +131,7 @@ def test_what_was_done_is_not_done_again(tmp_path, base, adapter, expected):
 _KILLED = """
 import sys, time
 import loratools as lt
-base, adapter, out, single = sys.argv[1:]
+base, adapter, out = sys.argv[1:]
 def slow(step):
     print("step", flush=True)
     time.sleep(0.2)
@@ -147,7 +147,7 @@ def test_killed_then_resumed(tmp_path, base, adapter, expected, kind):
         lt.merge(base, adapter, tmp_path / "whole")
         expected = contents(tmp_path / "whole")
     out = tmp_path / "out"
-    arguments = [sys.executable, "-c", _KILLED, str(base), str(adapter), str(out), ""]
+    arguments = [sys.executable, "-c", _KILLED, str(base), str(adapter), str(out)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
         for _ in range(3):
             assert process.stdout.readline() == b"step\n"

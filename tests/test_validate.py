@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
-from loratools.errors import CorruptFile, NotFound
+from loratools.errors import CorruptFile, LoratoolsError, NotFound
+from loratools.formats.peft import ROLES
 from tests.helpers import write_adapter
 from tests.small import INTO, LAYERS, OUT, SHAPES, base_tensors, write_base
 
@@ -523,19 +528,69 @@ def test_what_peft_saves_is_valid_and_fits(name: str, tmp_path: Path) -> None:
 
     kind, fields = PEFT_ADAPTERS[name]
     model = _toy()
-    save_file({k: v.detach().numpy().copy() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")
+    save_file(
+        {k: v.detach().numpy().copy() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors"
+    )
     if kind in {"LORA", "LOHA", "LOKR"}:
         fields = {"r": 4, {"LORA": "lora_alpha"}.get(kind, "alpha"): 6, **fields}
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](**fields)
-    wrapped = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    wrapped.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        # PEFT warns of patterns for parameters, and of lora_bias as if ZeRO-3 had flattened it; both are in order.
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        wrapped.save_pretrained(tmp_path / "adapter")
     report = lt.validate(tmp_path / "adapter", base=tmp_path / "base.safetensors")
     usual = {"base-model-missing", "foreign-code", "not-a-lora"}
     assert [finding for finding in report.findings if finding.code not in usual] == []
     assert lt.inspect(tmp_path / "adapter").parameters == sum(
         value.size for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
     )
+
+
+# --- whatever a file says, the answer is a report or an error made on purpose ----------------------------
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.sampled_from(["", "q_proj", "(", ".*", "all-linear"]),
+    st.lists(st.sampled_from(["q_proj", "", 3, None, True]), max_size=3),
+    st.dictionaries(st.sampled_from(["q_proj", "(", "", "nblocks", "target_modules_bd_a"]), st.integers(-1, 5), max_size=2),
+)  # fmt: skip
+ALL_FIELDS = [
+    "peft_type", "r", "lora_alpha", "alpha", "use_rslora", "use_dora", "bias", "init_lora_weights", "rank_pattern",
+    "alpha_pattern", "modules_to_save", "target_modules", "exclude_modules", "target_parameters", "feedforward_modules",
+    "trainable_token_indices", "token_indices", "use_bdlora", "ensure_weight_tying", "enable_lora", "lora_bias",
+    "layers_to_transform", "layers_pattern", "layer_replication", "auto_mapping", "megatron_core", "kasa_config",
+    "loftq_config", "base_model_name_or_path", "peft_version",
+]  # fmt: skip
+TYPES = st.sampled_from(["LORA", "ADALORA", "IA3", "LOHA", "LOKR", "TRAINABLE_TOKENS", "VERA", None, 3])
+SUFFIXES = sorted(ROLES) + ["base_layer.weight", "weight", "bias", "token_adapter.trainable_tokens_delta"]
+ODD_KEYS = st.builds(
+    lambda prefix, path, suffix: prefix + path + suffix,
+    st.sampled_from(["base_model.model.", "", "base_model.model.base_model.model."]),
+    st.sampled_from(["q_proj.", "layers.0.q_proj.", "mlp.experts.base_layer.", "", "embed_tokens."]),
+    st.sampled_from(SUFFIXES),
+)
+ODD_SHAPES = st.lists(st.sampled_from([0, 1, 2, 4, 8]), max_size=4).map(tuple)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=TYPES, fields=st.dictionaries(st.sampled_from(ALL_FIELDS[1:]), JUNK, max_size=6),
+    shapes=st.dictionaries(ODD_KEYS, ODD_SHAPES, max_size=6),
+)  # fmt: skip
+def test_whatever_a_file_says_there_is_an_answer(
+    kind: Any, fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    config = {"peft_type": kind, **fields}
+    report = lt.validate(tensors, config=config, base={"layers.0.q_proj.weight": one((4, 8))})
+    json.dumps(report.to_dict())
+    with contextlib.suppress(LoratoolsError):
+        inspected = lt.inspect(tensors, config=config)
+        claimed = sum(module.parameters for module in inspected.modules)
+        extras = sum(int(np.prod(extra.shape)) for extra in inspected.extras)
+        assert claimed + extras == inspected.parameters  # nothing is dropped in silence
+        json.dumps(inspected.to_dict())

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from loratools.errors import AmbiguousFormat, CorruptFile, NotFound, UnknownFormat
 from loratools.formats.peft import common_config, has_peft_keys, read_peft, with_blockwise
 from loratools.formats.peft_config import CONFIG_NAME, parse_config, read_config
-from loratools.formats.recognise import recognise
-from loratools.models import open_weights
 from loratools.refs import local_path
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.pickled import SUFFIXES, PickledFile
@@ -165,6 +163,8 @@ def interpret(opened: Opened, *, alpha: float | None = None) -> Adapter:
     """
     config = explain(opened, alpha=alpha)
     if config is None:
+        from loratools.formats.recognise import recognise
+
         return recognise(opened.name, opened.source, opened.raw, alpha=alpha)
     return read_peft(opened.name, opened.source, config, evidence(opened))
 
@@ -259,6 +259,8 @@ def _locate_by_config(path: Path) -> tuple[Path, Path | None]:
 
 def _open_weights(path: Path, allow_pickle: bool) -> TensorSource:
     if path.is_dir():
+        from loratools.models import open_weights
+
         return open_weights(path).source
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))

@@ -29,6 +29,8 @@ __all__ = [
     "broken_modules",
     "common_config",
     "has_peft_keys",
+    "layer_name",
+    "pattern_name",
     "read_peft",
     "split_key",
     "with_blockwise",
@@ -149,6 +151,8 @@ def read_peft(name: str, source: TensorSource, config: PeftConfig, evidence: str
         problem = _problem(path, kind, tensors, config)
         if problem is None:
             modules[path] = _module(path, kind, tensors, config)
+            if (count := tensors.get("ranknum")) is not None:
+                extras[count.name] = Extra(count, path, "training_only", "repeats the rank that pruning left")
             continue
         broken[path] = problem.text
         extras |= {ref.name: Extra(ref, path, "unclaimed", problem.text) for ref in tensors.values()}
@@ -265,7 +269,7 @@ def _module(path: str, kind: str, tensors: Mapping[str, TensorRef], config: Peft
         telling = len(scale) == 2 and scale != (1, 1)
         feedforward = scale[0] == 1 if telling else config.feedforward_modules.matches(path)
         return Module(kind, tensors, None, None, None, scale, {"feedforward": feedforward})
-    rank, alpha, scaling = effective_scaling(config, _pattern_name(path, config))
+    rank, alpha, scaling = effective_scaling(config, pattern_name(path, config))
     if kind == "adalora":
         return _adalora(tensors, rank, alpha)
     if kind in {"loha", "lokr"}:
@@ -364,9 +368,14 @@ def _lokr_shape(tensors: Mapping[str, TensorRef]) -> tuple[int, ...]:
     return (left[0] * right[0], left[1] * right[1], *right[2:])
 
 
-def _pattern_name(path: str, config: PeftConfig) -> str:
-    """What PEFT matches patterns against: the module, or module.parameter for a targeted parameter."""
-    bare = path.removesuffix(_INNER_PROJECTION).replace(".base_layer", "")
+def layer_name(path: str) -> str:
+    """The layer that PEFT wrapped, which is what its configuration speaks of."""
+    return path.removesuffix(_INNER_PROJECTION).replace(".base_layer", "")
+
+
+def pattern_name(path: str, config: PeftConfig) -> str:
+    """What PEFT matches patterns against: the layer, or layer.parameter for a targeted parameter."""
+    bare = layer_name(path)
     if config.target_parameters:
         names = [p.rpartition(".") for p in config.target_parameters]
         mine = [last for owner, _, last in names if bare == owner or bare.endswith("." + owner)]

@@ -15,7 +15,7 @@ from loratools.executors.base import make_executor
 from loratools.models import open_base
 from loratools.planning import CopyStep, plan_steps
 from loratools.refs import local_path
-from loratools.running import default_jobs, one_blas_thread
+from loratools.running import default_jobs, one_blas_thread, quiet
 from loratools.tensors.base import TensorSpec
 from loratools.verbs.merge import plan_merge
 from loratools.verbs.reports import TensorVerdict, VerificationReport
@@ -97,7 +97,8 @@ def verify_merge(
     seen: dict[str, Comparison] = {}
 
     def work(step: Step) -> tuple[Step, dict[str, Comparison]]:
-        return step, _compare(step, starts, found)
+        with quiet():
+            return step, _compare(step, starts, found)
 
     with one_blas_thread():
         for step, parts in executor.map(work, steps):

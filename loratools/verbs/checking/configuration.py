@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from loratools.formats.patterns import Names
-from loratools.formats.peft import split_key
+from loratools.formats.peft import layer_name, pattern_name, split_key
 from loratools.formats.peft_config import COMPUTED
 from loratools.verbs.checking.subject import error, few, info, warning
 
@@ -158,14 +158,9 @@ def _mutated_base(subject: Subject, config: PeftConfig) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def bare(name: str) -> str:
-    """A module's name as PEFT matches it."""
-    return name.replace(".base_layer", "")
-
-
 def _targets(subject: Subject, config: PeftConfig) -> Iterator[Finding]:
     """``target_modules`` against the modules that are there."""
-    modules = list(dict.fromkeys(bare(name) for name in subject.adapter.modules))
+    modules = list(dict.fromkeys(layer_name(name) for name in subject.adapter.modules))
     owners = {entry.rpartition(".")[0] for entry in config.target_parameters}
     by_parameter = Names(tuple(owners))
     plain = [name for name in modules if not (owners and by_parameter.matches(name))]
@@ -220,10 +215,7 @@ def _is_target(name: str, config: PeftConfig) -> bool:
 
 
 def _patterns(subject: Subject, config: PeftConfig) -> Iterator[Finding]:
-    names = [
-        subject.adapter.modules[name].options.get("pattern_name", bare(name))
-        for name in subject.adapter.modules
-    ]
+    names = [pattern_name(name, config) for name in subject.adapter.modules]
     fields: Mapping[str, Patterns] = {
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
