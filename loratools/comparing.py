@@ -240,9 +240,7 @@ def _replayed(step: WeightStep) -> Iterator[tuple[Block, _Trail]]:
 
 def _compare_block(dtype: Dtype, adapters: int, trail: _Trail, raw: Array, theirs: Array) -> Comparison:
     expected, actual = widen(raw, dtype).astype(np.float64), widen(theirs, dtype).astype(np.float64)
-    width = dtype.bits // 8
-    same = (raw.reshape(-1, width) == theirs.reshape(-1, width)).all(axis=1)
-    same |= (np.isnan(expected) & np.isnan(actual)) | (expected == actual)  # zeros of either sign
+    same = (expected == actual) | (np.isnan(expected) & np.isnan(actual))
     before, exact = trail.before, trail.exact
     assert before is not None
     spacing = _spacing(trail.largest, dtype)
@@ -255,8 +253,8 @@ def _compare_block(dtype: Dtype, adapters: int, trail: _Trail, raw: Array, their
         count=same.size,
         differing=int(same.size - np.count_nonzero(same)),
         beyond=int(np.count_nonzero(beyond)),
-        error=float(np.sum((actual - expected) ** 2)),
-        expected=float(np.sum(expected**2)),
+        error=float(np.dot(actual - expected, actual - expected)),
+        expected=float(np.dot(expected, expected)),
         intended=float(np.dot(intended, intended)),
         actual=float(np.dot(change, change)),
         slope=_slope(change, intended, spacing, _spacing(np.maximum(trail.largest, np.abs(actual)), dtype)),

@@ -17,11 +17,26 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen: dict[str, object] = {}
 
-    def merge(base: str, adapters: list[object], out: str, **options: object) -> None:
+    class Planned:
+        steps = ()
+
+        def require_memory(self, allowed: int | None, jobs: int) -> None:
+            seen.update(max_memory=allowed, workers=jobs)
+
+        @property
+        def plan(self) -> Planned:
+            return self
+
+    def plan_merge(base: str, adapters: list[object], out: str, **options: object) -> Planned:
         seen.update(options, base=base, adapters=adapters, out=out)
+        return Planned()
+
+    def run_merge(_: Planned, **options: object) -> None:
+        seen.update(options)
         raise loratools.LoratoolsError("enough")
 
-    monkeypatch.setattr(loratools, "merge", merge, raising=False)
+    monkeypatch.setattr(loratools, "plan_merge", plan_merge, raising=False)
+    monkeypatch.setattr(loratools, "run_merge", run_merge, raising=False)
     monkeypatch.setattr(loratools, "load", lambda name, **_: name, raising=False)
 
     def run(*arguments: str, env: dict[str, str] | None = None) -> dict[str, object]:
@@ -38,7 +53,7 @@ def test_what_the_library_is_asked_by_default(asked):
     assert (options["base"], options["adapters"], options["out"]) == ("base", ["a"], "out")
     assert options["weights"] is None
     assert options["sync"] is True
-    assert (options["device"], options["executor"], options["jobs"]) == ("cpu", "threads", None)
+    assert (options["executor"], options["jobs"]) == ("threads", None)
     assert options["max_memory"] is options["shard_size"] is options["dtype"] is None
 
 
@@ -53,7 +68,7 @@ def test_every_option_arrives(asked):
         "base": "base", "adapters": ["a"], "out": "out", "weights": (-1.0,), "dtype": "bf16",
         "shard_size": 5_000_000_000, "verify": True, "resume": True, "sync": False, "force": True,
         "allow_unmatched": ("lm_head*", "x"), "on_conflict": "last", "blockwise_experts": True, "jobs": 3,
-        "executor": "inline", "device": "auto", "max_memory": 1_500_000_000, "on_step": None,
+        "executor": "inline", "max_memory": 1_500_000_000, "on_step": None, "workers": 1,
     }  # fmt: skip
 
 

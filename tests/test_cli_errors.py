@@ -90,7 +90,7 @@ def test_an_interrupted_merge_says_how_to_go_on(monkeypatch, demo_files, tmp_pat
     def raising(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loratools, "merge", raising, raising=False)
+    monkeypatch.setattr(loratools, "run_merge", raising, raising=False)
     result = invoke("merge", str(demo_files.base), str(demo_files.adapter), str(tmp_path / "out"))
     assert result.exit_code == 130
     assert "--resume" in result.stderr

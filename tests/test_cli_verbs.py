@@ -250,12 +250,12 @@ def test_merge_verify_reports_a_failure_by_exit_code(demo_files, tmp_path, monke
 
     import loratools
 
-    right = loratools.merge
+    right = loratools.run_merge
 
     def wrong(*arguments: object, **options: object):
         return replace(right(*arguments, **options), verified=False)
 
-    monkeypatch.setattr(loratools, "merge", wrong)
+    monkeypatch.setattr(loratools, "run_merge", wrong)
     result = invoke("merge", demo_files.base, demo_files.adapter, tmp_path / "out", "--verify")
     assert result.exit_code == 1
     assert "NOT right" in result.stdout

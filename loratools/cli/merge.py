@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -60,7 +60,7 @@ def command(
     config: str | None,
     alpha: float | None,
     allow_unmatched: tuple[str, ...],
-    on_conflict: str,
+    on_conflict: Literal["error", "first", "last"],
     blockwise_experts: bool,
     allow_pickle: bool,
     dtype: str | None,
