@@ -46,12 +46,16 @@ class Tool:
 
 def main() -> None:
     """Parse, make the data, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--layers", type=int, default=22, help="88 makes the base four times as large")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, one round: does the benchmark itself work?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, one round: does the benchmark itself work?"
+    )
     options = parser.parse_args()
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # they slow numpy, where they are set
         os.environ.pop(name, None)
@@ -112,7 +116,9 @@ def peak_of(command: list[str], out: Path) -> int:
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, "
         "stderr=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    done = subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], check=True, capture_output=True, text=True
+    )
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,6 +1,6 @@
 """Start-up: ``--help`` and a header-only ``inspect`` of 1,000 tensors, as milliseconds beyond a bare interpreter.
 
-    python benchmarks/startup.py [--rounds 21]
+python benchmarks/startup.py [--rounds 21]
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ ADAPTER = Shape(layers=72, hidden=64, inner=128, kv=16, vocabulary=64, shards=1)
 
 def main() -> None:
     """Measure in turn, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=21)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:

@@ -20,10 +20,10 @@ from loratools.errors import NonFinite, ShapeMismatch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loratools.binding import Term
     from loratools.deltas.base import Delta, Update
     from loratools.dtypes import Array
     from loratools.planning import Contribution, WeightStep
+    from loratools.targets import Term
 
 __all__ = ["Block", "Survival", "blocks", "round_block", "stripe"]
 

@@ -6,7 +6,7 @@ import fnmatch
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratools.binding import Binding, bind
+from loratools.binding import bind
 from loratools.dtypes import compatible
 from loratools.errors import Mismatch, ShapeMismatch, UnmatchedModules, Unsupported
 from loratools.planning import Contribution, Output
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.dtypes import Dtype
     from loratools.models import BaseModel, Tie
+    from loratools.targets import Binding
 
 __all__ = ["Conflict", "Merged", "merge_tensors"]
 

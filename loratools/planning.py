@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import flat_shape
-from loratools.binding import group_by_index
 from loratools.dtypes import accumulator, compatible
 from loratools.errors import OverBudget, Unsupported
+from loratools.targets import group_by_index
 from loratools.tensors.header import layout
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratools.adapter import Extra, Module
-    from loratools.binding import Term
+    from loratools.targets import Term
     from loratools.tensors.base import TensorRef, TensorSpec
 
 __all__ = [

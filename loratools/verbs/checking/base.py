@@ -13,8 +13,8 @@ from loratools.verbs.checking.subject import error, info, warning
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loratools.binding import Binding
     from loratools.models import BaseModel
+    from loratools.targets import Binding
     from loratools.verbs.checking.subject import Subject
     from loratools.verbs.reports import Finding
 

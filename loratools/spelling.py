@@ -1,0 +1,208 @@
+"""How an adapter's module names must be changed to be the base's: decided by the base, never guessed.
+
+The modules are looked up first as they are spelled, then under every dialect of :mod:`loratools.naming` and every
+change of prefix the base's own names suggest. One spelling must account for more modules than all others; a tie is
+an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from loratools.errors import UnmatchedModules
+from loratools.naming import DIALECTS, EXPERT_PARTS, Dialect, spell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loratools.adapter import Adapter
+    from loratools.models import BaseModel
+
+__all__ = ["EXPERT", "BaseNames", "Spelling", "bare", "choose_spelling"]
+
+EXPERT = re.compile(r"(?P<owner>.*\.experts)\.(?P<index>\d+)\.(?P<part>[A-Za-z0-9_]+)")
+_NATURAL = ".(out, in)"  # no name of a module
+_MAX_STRIPPED = 4  # name components that a prefix change may drop
+
+
+class BaseNames:
+    """The base's names under one dialect: tensors in memory and the modules they belong to."""
+
+    def __init__(self, base: BaseModel, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.specs = dict(base.source.specs)
+        if base.tie is not None and not base.tie.stored:
+            # The head exists in memory, as another name of the embedding.
+            self.specs[base.tie.head] = self.specs[base.tie.embedding]
+        self.model_type = base.config.get("model_type")
+        self.disk = spell(self.specs, dialect)
+
+    @cached_property
+    def first(self) -> dict[str, str]:
+        """The first tensor on disk within each module, by the module's path."""
+        found: dict[str, str] = {}
+        for name in sorted(self.disk, key=self.disk.__getitem__):
+            path = name.rpartition(".")[0]
+            while path and path not in found:
+                found[path] = self.disk[name]
+                path = path.rpartition(".")[0]
+        return found
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Every module path: each proper prefix of a tensor's name."""
+        return frozenset(self.first)
+
+    @cached_property
+    def prefixes(self) -> list[str]:
+        """Module paths near the root, which a name may lack."""
+        return sorted({path for path in self.modules if path.count(".") < 3 and not re.search(r"\d", path)})
+
+    def shape(self, memory: str) -> tuple[int, ...]:
+        """Of a tensor, by its name in memory."""
+        return self.specs[self.disk[memory]].shape
+
+    def holds(self, path: str) -> bool:
+        """Whether a module of this path exists, fused with others perhaps."""
+        if path in self.modules or path in self.disk:
+            return True
+        expert = EXPERT.fullmatch(path)
+        if expert is None or expert["part"] not in EXPERT_PARTS:
+            return False
+        return f"{expert['owner']}.{EXPERT_PARTS[expert['part']].fused}" in self.disk
+
+    def stored_transposed(self, weight: str, flag: object) -> bool:
+        """Whether a weight is stored (in, out), as in GPT-2's Conv1D.
+
+        Modules of the same name tell, in all layers, by the length of their bias; else those beside it. PEFT's
+        ``fan_in_fan_out`` speaks of the last layer that was adapted only, so it is heard where no module is seen to be
+        stored (out, in).
+        """
+        path = weight.removesuffix(".weight")
+        parent, _, last = path.rpartition(".")
+        vote = self._votes[last] or self._votes[f"{parent}."]
+        return vote > 0 or (vote == 0 and flag is True and not self._votes[_NATURAL])
+
+    @cached_property
+    def _votes(self) -> Counter[str]:
+        """By last component, and by "parent.": modules stored (in, out) minus those stored (out, in).
+
+        Under :data:`_NATURAL`, how many of the latter there are. Seen where a bias has the length of one dimension
+        and not of the other.
+        """
+        votes: Counter[str] = Counter()
+        for name in self.disk:
+            path, bias = name.removesuffix(".weight"), name.removesuffix("weight") + "bias"
+            shape = self.shape(name)
+            if name.endswith(".weight") and len(shape) == 2 and shape[0] != shape[1] and bias in self.disk:
+                parent, _, last = path.rpartition(".")
+                vote = 1 if self.shape(bias) == shape[1:] else -1
+                votes[last] += vote
+                votes[f"{parent}."] += vote
+                votes[_NATURAL] += vote < 0
+        return votes
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """A way to turn the adapter's module paths into the base's: a dialect, components dropped, a prefix added."""
+
+    base: BaseNames
+    stripped: int = 0
+    prefix: str = ""
+
+    def __call__(self, path: str) -> str:
+        """The base's name for a module of the adapter."""
+        if self.stripped:
+            path = path.split(".", self.stripped)[-1] if path.count(".") >= self.stripped else path
+        return f"{self.prefix}.{path}" if self.prefix else path
+
+    @property
+    def words(self) -> str:
+        """The change, for a message; empty where there is none."""
+        changes = []
+        if self.stripped:
+            changes.append(f"without {self.stripped} leading component{'s' * (self.stripped > 1)}")
+        if self.prefix:
+            changes.append(f"under {self.prefix}")
+        if self.base.dialect.rules:
+            changes.append(f"in the {self.base.dialect.name} spelling")
+        return ", ".join(changes)
+
+
+def bare(name: str) -> str:
+    """A module path without the layers PEFT wraps around it."""
+    return name.replace(".base_layer", "")
+
+
+def choose_spelling(adapter: Adapter, base: BaseModel, paths: list[str]) -> Spelling:
+    """The spelling that finds most of the adapter's modules in the base.
+
+    Raises:
+        UnmatchedModules: two fit equally well and mean different weights.
+    """
+    plain = Spelling(BaseNames(base, DIALECTS[0]))
+    paths = list(dict.fromkeys(paths))
+    best = sum(map(plain.base.holds, paths))
+    if best == len(paths):
+        return plain
+    found = [plain] if best else []
+    for spelling in _spellings(base, paths):
+        # Distinct places: a spelling that puts the encoder's modules on top of the decoder's explains only half.
+        count = len({there for path in paths if spelling.base.holds(there := spelling(path))})
+        if count > best:
+            best, found = count, [spelling]
+        elif count == best and best:
+            found.append(spelling)
+    if not found:
+        return plain
+    # A name that fits as it is, but for what stands before it, is not looked for elsewhere under half of itself.
+    least = min(spelling.stripped for spelling in found)
+    return _single(adapter, [spelling for spelling in found if spelling.stripped == least], paths)
+
+
+def _spellings(base: BaseModel, paths: list[str]) -> Iterator[Spelling]:
+    seen: set[frozenset[str]] = set()
+    for dialect in DIALECTS:
+        names = BaseNames(base, dialect)
+        key = frozenset(names.disk)
+        if key in seen:
+            continue  # the dialect changes nothing here
+        seen.add(key)
+        for stripped in range(min(_MAX_STRIPPED, max(p.count(".") for p in paths)) + 1):
+            for prefix in ("", *names.prefixes):
+                yield Spelling(names, stripped, prefix)
+
+
+def _single(adapter: Adapter, found: list[Spelling], paths: list[str]) -> Spelling:
+    """The one spelling, where those that fit agree on what they mean; the plainest of equals.
+
+    Raises:
+        UnmatchedModules: they disagree.
+    """
+    meanings: dict[tuple[str, ...], Spelling] = {}
+    for spelling in found:
+        meant = tuple(spelling(p) if spelling.base.holds(spelling(p)) else "" for p in paths)
+        resolved = tuple(_place(spelling.base, m) for m in meant)
+        meanings.setdefault(resolved, spelling)
+    candidates = list(meanings.values())
+    if len(candidates) > 1 and not (candidates[0].stripped == 0 and not candidates[0].prefix):
+        example = next(p for p in paths if len({s(p) for s in candidates}) > 1)
+        where = ", ".join(sorted({s(example) for s in candidates if s.base.holds(s(example))})[:4])
+        raise UnmatchedModules(
+            f"{adapter.name}: {example} could be {where}", (example,),
+            hint="rename the adapter's modules so that they carry the base's full path",
+        )  # fmt: skip
+    return candidates[0]
+
+
+def _place(base: BaseNames, path: str) -> str:
+    """A tensor on disk that stands for a module, however its experts are packed."""
+    for tail in (".weight", "", ".in_proj_weight"):
+        if path + tail in base.disk:
+            return base.disk[path + tail]
+    return base.first.get(path, path)
