@@ -42,7 +42,7 @@ class Beside:
 
     Attributes:
         files: to be written.
-        left_out: files of the base that would carry the unmerged model along.
+        left_out: files of the base that would carry the unmerged model along, and links that lead out of it.
     """
 
     files: tuple[SmallFile, ...]
@@ -59,12 +59,15 @@ def small_files(base: BaseModel, config: Mapping[str, Any], tokenizer_from: Path
     """
     assert base.path is not None
     own = {*base.files, base.index_name, RECORD_NAME}
+    # Links are followed where the weights' own links lead (a Hub cache's blobs), and no further: a folder from a
+    # stranger could otherwise carry any file of this machine along.
+    inside = [base.path.resolve(), *{(base.path / file).resolve().parent for file in base.files}]
     copied, left_out = {}, []
     for path in _walk(base.path):
         name = path.relative_to(base.path).as_posix()
         if name in own:
             continue
-        if _is_weights(path):
+        if _is_weights(path) or not any(path.resolve().is_relative_to(root) for root in inside):
             left_out.append(name)
         else:
             copied[name] = SmallFile(name, source=path)

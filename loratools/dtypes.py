@@ -202,5 +202,22 @@ def narrow(values: Array, stored: Dtype, out: Array) -> Array:
     if not compatible(stored):
         raise Unsupported(f"values cannot be rounded to {stored}")
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what overflowed, and names it
+        if stored.name == "BF16" and values.dtype == np.float64:
+            values = _to_odd(values)
         np.copyto(out.view(numpy_dtype(stored)).reshape(values.shape), values, casting="unsafe")
     return out
+
+
+def _to_odd(values: Array) -> Array:
+    """float64 to float32, rounded to odd, so that rounding it on to bfloat16 (ml_dtypes' way) is rounding once.
+
+    Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2008.139.
+    """
+    import numpy as np
+
+    single = values.astype(np.float32)
+    bits = single.view(np.uint32)
+    inexact = (single != values) & np.isfinite(values)
+    bits -= inexact & (np.abs(single) > np.abs(values))  # back towards zero
+    bits |= inexact
+    return single

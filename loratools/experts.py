@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter import require_shape
 from loratools.deltas.base import Span
 from loratools.errors import Mismatch, ShapeMismatch
-from loratools.naming import EXPERT_PARTS, FUSED_EXPERTS
+from loratools.naming import EXPERT_PARTS, FUSED_EXPERTS, TRANSPOSED_EXPERTS
 from loratools.targets import Target
 
 if TYPE_CHECKING:
@@ -114,13 +114,17 @@ class ExpertPlaces:
                 f"{self.adapter}: {name} adapts square experts {list(shape)}, and no peft_version says which way",
                 hint="PEFT before 0.19.1 wrote (in, out), later (out, in): set peft_version in adapter_config.json",
             )
-        return numbers < (0, 19, 1) or (fused and self._interleaved())
+        return numbers < (0, 19, 1) or (fused and self._in_first())
+
+    def _in_first(self) -> bool:
+        """Whether fused experts of this architecture are stored (in, out)."""
+        return self._interleaved() or self.base.model_type in TRANSPOSED_EXPERTS
 
     def _interleaved(self) -> bool:
-        """gpt-oss: experts stored (in, out), gate and up in turns. Its fused tensor has a bias beside it."""
-        return self.base.model_type == "gpt_oss" or any(
-            memory.endswith(".experts.gate_up_proj_bias") for memory in self.base.disk
-        )
+        """gpt-oss: gate and up in turns. Where nothing says the architecture, the bias beside the fused tensor does."""
+        if self.base.model_type is not None:
+            return bool(self.base.model_type == "gpt_oss")
+        return any(memory.endswith(".experts.gate_up_proj_bias") for memory in self.base.disk)
 
     def _halves(self, half: int | None, features: int) -> Span | None:
         if half is None:
@@ -153,7 +157,7 @@ class ExpertPlaces:
         if len(shape) != 3 or index >= shape[0]:
             raise ShapeMismatch(name, module.shape, shape)
         fused = (module.shape[0] * (1 if place.half is None else 2), module.shape[1])
-        transposed = fused != shape[1:] or (fused[0] == fused[1] and self._interleaved())
+        transposed = fused != shape[1:] or (fused[0] == fused[1] and self._in_first())
         require_shape(name, fused[::-1] if transposed else fused, shape[1:])
         span = self._halves(place.half, fused[0])
         disk = self.base.disk[memory]

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["DIALECTS", "EXPERT_PARTS", "FUSED_EXPERTS", "Dialect", "ExpertPart", "spell"]
+__all__ = [
+    "DIALECTS",
+    "EXPERT_PARTS",
+    "FUSED_EXPERTS",
+    "TRANSPOSED_EXPERTS",
+    "Dialect",
+    "ExpertPart",
+    "spell",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,9 @@ EXPERT_PARTS: dict[str, ExpertPart] = {
     "w3": ExpertPart("gate_up_proj", 1),
     "w2": ExpertPart("down_proj", None),
 }
+
+# Model types whose fused expert tensors are stored (experts, in, out).
+TRANSPOSED_EXPERTS = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
 
 # The order in which transformers defines the parameters of a fused expert module. PEFT nests its wrappers in it.
 FUSED_EXPERTS = ("gate_up_proj", "down_proj")

@@ -233,3 +233,15 @@ def test_numpy_types_have_the_stored_size():
     for stored in DTYPES.values():
         if stored.numpy is not None:
             assert numpy_dtype(stored).itemsize == max(1, stored.bits // 8)
+
+
+def test_float64_is_rounded_to_bfloat16_once():
+    """A value just above a tie, which float32 would round onto the tie and bfloat16 then down."""
+    tie = 1 + 2.0**-8
+    values = np.array(
+        [tie + 2.0**-40, tie - 2.0**-40, tie, -tie - 2.0**-40, np.inf, -np.inf, np.nan, 1e300, 0.0]
+    )
+    raw = narrow(values, dtype("BF16"), np.empty(2 * values.size, np.uint8))
+    rounded = raw.view(ml_dtypes.bfloat16).astype(np.float64)
+    above = 1 + 2.0**-7
+    np.testing.assert_array_equal(rounded, [above, 1, 1, -above, np.inf, -np.inf, np.nan, np.inf, 0])

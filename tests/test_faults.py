@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -367,3 +368,16 @@ def test_measured_peak_is_within_the_planned_one(tmp_path, kind):
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     measured, planned = map(int, done.stdout.split())
     assert measured <= planned
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_out_of_the_base_is_not_carried_along(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("private")
+    base = write_base(tmp_path / "base")
+    (base / "README.md").symlink_to(secret)
+    (base / "notes.md").symlink_to("tokenizer.json")  # within the folder: fine
+    report = lt.merge(base, write_small_adapter(tmp_path / "a"), tmp_path / "out")
+    assert "README.md" in report.left_out
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert (tmp_path / "out" / "notes.md").read_text() == "{}"
