@@ -6,7 +6,7 @@ A torch tensor can only exist where torch is loaded already, so it is found thro
 
 from __future__ import annotations
 
-import secrets
+import os
 import sys
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class MemorySource:
             name: _spec(name, value) for name, value in self.tensors.items()
         }
         self.ties = _ties(self.tensors)
-        self._token = secrets.token_hex(8)
+        self._token = os.urandom(8).hex()
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
         """See :class:`~loratools.tensors.base.TensorSource`."""
