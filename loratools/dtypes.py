@@ -169,6 +169,11 @@ def widen(raw: Array, stored: Dtype, out: Array | None = None) -> Array:
     if stored.bits == 4:
         values = unpack_nibbles(values, stored)
     with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN, without a word
+        if out is not None and stored.name == "F16" and out.dtype == np.float32:
+            from loratools.halves import from_half
+
+            from_half(values, out)
+            return out
         if out is not None:
             np.copyto(out, values, casting="same_kind")
             return out
@@ -204,6 +209,11 @@ def narrow(values: Array, stored: Dtype, out: Array) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what overflowed, and names it
         if stored.name == "BF16" and values.dtype == np.float64:
             values = _to_odd(values)
+        if stored.name == "F16" and values.dtype == np.float32 and values.flags.c_contiguous:
+            from loratools.halves import to_half
+
+            to_half(values.reshape(-1), out.view(np.float16))
+            return out
         np.copyto(out.view(numpy_dtype(stored)).reshape(values.shape), values, casting="unsafe")
     return out
 
