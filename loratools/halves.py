@@ -1,4 +1,4 @@
-"""float16 to float32 and back by integer arithmetic on whole blocks, bit for bit as numpy does it one element at a time.
+"""float16 to float32 and back by integer arithmetic on whole blocks, bit for bit as numpy does it one by one.
 
 numpy converts about a billion bytes a second; these take a third of that time (measured), and half-precision
 checkpoints are as common as bfloat16 ones among image models.

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import loratools as lt
+from loratools import comparing, planning
 from tests.model_helpers import CASES, adapt, load_cleanly, tensors, train
 
 if TYPE_CHECKING:
@@ -292,11 +293,11 @@ def write(path: Path, weight: torch.Tensor) -> Path:
     return path
 
 
-def small_adapter(folder: Path, share: float, seed: int) -> torch.Tensor:
+def small_adapter(folder: Path, share: float, seed: int, size: int = SIZE) -> torch.Tensor:
     """An adapter whose delta is ``share`` of the weights; the delta."""
     generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(4, SIZE, generator=generator)
-    up = torch.randn(SIZE, 4, generator=generator) * 0.05 * share / 2
+    down = torch.randn(4, size, generator=generator)
+    up = torch.randn(size, 4, generator=generator) * 0.05 * share / 2
     folder.mkdir()
     keys = {"base_model.model.layer.lora_A.weight": down, "base_model.model.layer.lora_B.weight": up}
     save_file(keys, folder / "adapter_model.safetensors")
@@ -337,7 +338,9 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 
 def make_small(folder: Path, weight: torch.Tensor, share: float) -> Small:
     write(folder / "base.safetensors", weight)
-    one, two = (small_adapter(folder / name, share, seed) for seed, name in enumerate(("one", "two")))
+    one, two = (
+        small_adapter(folder / name, share, seed, len(weight)) for seed, name in enumerate(("one", "two"))
+    )
     return Small(folder, weight.double(), one, two)
 
 
@@ -382,3 +385,125 @@ def test_a_merge_in_a_wider_type_is_accepted(tmp_path: Path) -> None:
     PeftModel.from_pretrained(model, trained.adapter).merge_and_unload().save_pretrained(tmp_path / "wide")
     report = lt.verify(trained.base, trained.adapter, tmp_path / "wide")
     assert report.ok, report.summary
+
+
+# A few values rounded to the other side: judged by themselves. LARGE² / 1000 and more are not few.
+
+LARGE = 512
+FEW = 100
+
+
+def without_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        pytest.fail("a few elements were no reason to look at all of them")
+
+    monkeypatch.setattr(comparing, "_compare_all", refuse)
+
+
+def large_weight(dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(LARGE, LARGE, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+
+
+def moved(wide: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, ulps: int) -> torch.Tensor:
+    """``exact`` rounded, FEW of its values then moved on, past the exact one, by so many units in the last place.
+
+    Of values that grew, so that no larger one was met on the way; and that rounding made smaller.
+    """
+    merged = exact.to(dtype)
+    away = (merged.double().abs() > wide.abs()) & (exact.abs() > merged.double().abs())
+    order = torch.randperm(exact.numel(), generator=torch.Generator().manual_seed(3))
+    chosen = order[away.view(-1)[order]][:FEW]
+    assert len(chosen) == FEW
+    merged.view(torch.int16).view(-1)[chosen] += ulps
+    return merged
+
+
+def only(base: Path, adapters: list[Path], merged: torch.Tensor) -> Any:
+    """The verdict on a checkpoint of one tensor."""
+    (found,) = lt.verify(base, adapters, write(base.with_name("merged.safetensors"), merged)).modules
+    return found
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]], ids=["one", "two"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_few_roundings_to_the_other_side(
+    dtype: torch.dtype, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = make_small(tmp_path, large_weight(dtype), 0.1)
+    exact = small.wide + small.one + (small.two if "two" in names else 0.0)
+    merged = moved(small.wide, exact, dtype, 1)
+    monkeypatch.setattr(
+        planning, "STEP_BYTES", LARGE * LARGE
+    )  # half of the tensor, so that sums are put together
+    without_sums(monkeypatch)
+    found = only(tmp_path / "base.safetensors", [tmp_path / name for name in names], merged)
+    expected = exact.to(dtype).double()
+    # Our own sums are in float32: one value in ten thousand may lie so near the middle that they round it otherwise.
+    assert found.verdict == "rounding"
+    assert found.differing == pytest.approx(FEW / LARGE**2, abs=1e-4)
+    assert found.relative == pytest.approx(
+        float((merged.double() - expected).norm() / expected.norm()), rel=0.2
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_few_values_off_by_more_than_a_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As many, each by two units: too few for another scale, and no rounding."""
+    small = make_small(tmp_path, large_weight(dtype), 0.1)
+    base = tmp_path / "base.safetensors"
+    assert only(base, [tmp_path / "one"], moved(small.wide, small.wide + small.one, dtype, 1)).ok
+    found = only(base, [tmp_path / "one"], moved(small.wide, small.wide + small.one, dtype, 2))
+    assert (found.verdict, found.scale) == ("different", None)
+
+
+def test_one_value_off_by_more_than_a_rounding(tmp_path: Path) -> None:
+    small = make_small(tmp_path, large_weight(torch.bfloat16), 0.1)
+    merged = (small.wide + small.one).bfloat16()
+    merged[300, 20] *= 1.5
+    found = only(tmp_path / "base.safetensors", [tmp_path / "one"], merged)
+    assert (found.verdict, found.scale) == ("different", None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"),
+    [(torch.bfloat16, 3e-6), (torch.float32, 4e-6)],
+    ids=["held by the weights near zero", "of a base between the values of the type"],
+)
+def test_few_values_are_all_that_a_tiny_delta_changes(
+    dtype: torch.dtype, share: float, tmp_path: Path
+) -> None:
+    """About a thousandth of the spacing: one value in a thousand changes, and only these can tell."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2 * LARGE, 2 * LARGE, generator=generator) * 0.05
+    small = make_small(tmp_path, weight.to(dtype), share)
+    wide, one, base = small.wide, small.one, tmp_path / "base.safetensors"
+    assert only(base, [tmp_path / "one"], (wide + one).bfloat16()).ok
+    for factor in (0.5, 0.0, 2.0):
+        found = only(base, [tmp_path / "one"], (wide + factor * one).bfloat16())
+        assert found.verdict in {"wrong_scale", "unmerged", "different"}
+        assert found.differing < 2 / comparing._FEW
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("share", [1e-1, 1e-3, 1e-5])
+def test_the_short_way_says_what_the_long_one_says(
+    share: float, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a few values left as they were, of all sizes of delta; at random, and where most of the change was meant."""
+    small = make_small(tmp_path, large_weight(dtype), share)
+    forgeries = []
+    order = torch.randperm(LARGE**2, generator=torch.Generator().manual_seed(3))
+    for positions in (order, small.one.abs().view(-1).argsort(descending=True)):
+        for count in (1, 60, 200):
+            merged = (small.wide + small.one).to(dtype)
+            merged.view(-1)[positions[:count]] = small.wide.to(dtype).view(-1)[positions[:count]]
+            forgeries.append(merged)
+
+    def verdicts() -> list[Any]:
+        return [only(tmp_path / "base.safetensors", [tmp_path / "one"], merged) for merged in forgeries]
+
+    short = verdicts()
+    monkeypatch.setattr(comparing, "_compare_few", lambda *_: None)
+    for mine, theirs in zip(short, verdicts(), strict=True):
+        assert (mine.verdict, mine.differing, mine.scale) == (theirs.verdict, theirs.differing, theirs.scale)
+        assert mine.relative == pytest.approx(theirs.relative, rel=1e-3)

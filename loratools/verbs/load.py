@@ -25,6 +25,13 @@ def load(
 ) -> Adapter:
     """Open an adapter: headers and configuration, no values.
 
+    >>> import numpy as np
+    >>> import loratools as lt
+    >>> factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    >>> adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    >>> adapter.modules["fc"].scaling, adapter.modules["fc"].shape
+    (2.0, (4, 3))
+
     Args:
         ref: a folder, a weight file, or a state dict (which needs ``config``).
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.

@@ -92,7 +92,16 @@ def plan_merge(
     blockwise_experts: bool = False,
     force: bool = False,
 ) -> MergePlan:
-    """Decide everything about a merge from headers alone. Arguments and errors are those of :func:`merge`."""
+    """Decide everything about a merge from headers alone. Arguments and errors are those of :func:`merge`.
+
+    >>> import numpy as np
+    >>> import loratools as lt
+    >>> factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    >>> adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    >>> planned = lt.plan_merge({"fc.weight": np.zeros((4, 3), "f4")}, adapter)
+    >>> planned.to_dict()["tensors"]
+    {'total': 1, 'changed': 1, 'copied': 0, 'added': 0}
+    """
     opened = _open_adapters(adapters, allow_pickle=allow_pickle, blockwise=blockwise_experts)
     factors = _weights(weights, len(opened))
     model = open_base(base if not isinstance(base, (str, os.PathLike)) else local_path(base))
@@ -132,6 +141,16 @@ def merge(
     on_step: Callable[[Step], None] | None = None,
 ) -> MergeReport:
     """Merge adapters into a base: W + Σ wᵢ (Uᵢ(W) - W), each update against the original base, rounded once.
+
+    In memory here; with paths, everything is streamed from disk to disk:
+
+    >>> import numpy as np
+    >>> import loratools as lt
+    >>> factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    >>> adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    >>> merged = lt.merge({"fc.weight": np.zeros((4, 3), "f4")}, adapter, weights=[0.5])
+    >>> merged.state_dict["fc.weight"].shape, float(merged.state_dict["fc.weight"][0, 0])
+    ((4, 3), 1.0)
 
     Args:
         base: a folder (single or sharded), a safetensors file, or a state dict of numpy arrays or torch tensors.
@@ -189,7 +208,16 @@ def run_merge(
     max_memory: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> MergeReport:
-    """Carry out a merge that :func:`plan_merge` has planned. Arguments and errors are those of :func:`merge`."""
+    """Carry out a merge that :func:`plan_merge` has planned. Arguments and errors are those of :func:`merge`.
+
+    >>> import numpy as np
+    >>> import loratools as lt
+    >>> factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    >>> adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    >>> planned = lt.plan_merge({"fc.weight": np.zeros((4, 3), "f4")}, adapter)
+    >>> lt.run_merge(planned).modules
+    {'bound': 1, 'unmatched': []}
+    """
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     planned.plan.require_memory(max_memory, workers.jobs)
     sink: FileSink | MemorySink

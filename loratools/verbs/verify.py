@@ -53,6 +53,16 @@ def verify(
 ) -> VerificationReport:
     """Compare a merged checkpoint, by whomever it was made, with the arithmetic of the merge.
 
+    >>> import numpy as np
+    >>> import loratools as lt
+    >>> factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    >>> adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    >>> base = {"fc.weight": np.zeros((4, 3), "f4")}
+    >>> lt.verify(base, adapter, lt.merge(base, adapter).state_dict).summary
+    {'exact': 1}
+    >>> [(verdict.name, verdict.verdict) for verdict in lt.verify(base, adapter, base).modules]
+    [('fc.weight', 'unmerged')]
+
     Args:
         base: as for :func:`loratools.merge`.
         adapters: as for :func:`loratools.merge`.
