@@ -6,12 +6,14 @@ checkpoints are as common as bfloat16 ones among image models.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from loratools.dtypes import Array
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 __all__ = ["from_half", "to_half"]
 

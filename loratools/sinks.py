@@ -1,42 +1,36 @@
 """Where a plan's bytes go: files that appear whole or not at all, or memory.
 
 Files are written beside their destination under a name ending in ``.part``, counted against the layout,
-synced, and renamed. A journal says which steps are done, so that an interrupted run can go on. Nothing that lies
-there under such a name is removed unless it is this program's own.
+synced, and renamed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import os
 import shutil
 import threading
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.errors import Incomplete, LoratoolsError, OutputExists
+from loratools.errors import Incomplete
+from loratools.journal import JOURNAL, Journal, Progress, read_journal
 from loratools.planning import CopyStep
 from loratools.provenance import made_by_loratools
+from loratools.publishing import allocate, disk_errors, in_the_way, recover, remove, set_aside, swap
 from loratools.tensors.files import File, copy_range, sync_folder
 from loratools.tensors.header import parse_header
 from loratools.tensors.memory import from_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
     from loratools.dtypes import Array
     from loratools.planning import Plan, Step, WeightStep
     from loratools.tensors.base import TensorSpec
 
-__all__ = ["FileSink", "MemorySink", "recover", "set_aside", "standing"]
-
-JOURNAL = ".loratools-journal"
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+__all__ = ["FileSink", "MemorySink"]
 
 
 class FileSink:
@@ -65,7 +59,7 @@ class FileSink:
         self._left = [file.size - len(file.header) for file in plan.files]
         self._synced: set[int] = set()
         self._sources: dict[str, File] = {}
-        self._journal: int | None = None
+        self._journal: Journal | None = None
         try:
             self._open(resume=resume)
         except BaseException:
@@ -75,14 +69,18 @@ class FileSink:
     def _open(self, *, resume: bool) -> None:
         recover(self.output)
         if os.path.lexists(old := set_aside(self.output)[1]):
-            raise _in_the_way(old)
+            raise in_the_way(old)
         if os.path.lexists(self.part):
             self._require_own_part()
-            self.done = self._read_journal() if resume else self._start_over()
+            if resume:
+                found = self._progress()
+                self.done, self._synced = set(found.done), set(found.synced)
+            else:
+                self._remove_part()
         self._require_space()
-        with _disk_errors(self.part):
+        with disk_errors(self.part):
             (self.part if self.folder else self.part.parent).mkdir(parents=True, exist_ok=True)
-            self._start_journal()
+            self._journal = Journal(self._journal_path(), self.plan, goes_on=bool(self.done))
             self.files = [self._create(number) for number in range(len(self.plan.files))]
         for index in self.done:
             step = self.plan.steps[index]
@@ -99,7 +97,7 @@ class FileSink:
         own = self._journal_path().is_file() or made_by_loratools(self.part)
         own = own or (real and self.folder and not any(self.part.iterdir()))
         if not real or self.part.is_symlink() or not own:
-            raise _in_the_way(self.part)
+            raise in_the_way(self.part)
 
     def path(self, number: int) -> Path:
         """Where a file of the plan lies while it is written."""
@@ -115,7 +113,7 @@ class FileSink:
         flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
         fd = os.open(path, flags, 0o666)
         try:
-            _allocate(fd, planned.size)
+            allocate(fd, planned.size)
         finally:
             os.close(fd)
         file = File(path, write=True)
@@ -133,64 +131,28 @@ class FileSink:
                 hint="nothing was written",
             )
 
-    # The journal: a line that identifies the run, then the number of every step whose bytes have been written. What is
-    # not synced yet survives the process but not the machine, so those lines count only until the next boot.
-
-    def _start_journal(self) -> None:
-        flags = (
-            os.O_CREAT | os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-        )
-        self._journal = os.open(self._journal_path(), flags, 0o666)
-        if not self.done:
-            os.ftruncate(self._journal, 0)
-            head = {"plan": self.plan.digest(), "boot": _boot()}
-            os.write(self._journal, json.dumps(head).encode() + b"\n")
-
-    def _read_journal(self) -> set[int]:
-        try:
-            head, *lines = self._journal_path().read_text().split("\n")[:-1]  # the last may be half a line
-            started = json.loads(head)
-        except (OSError, ValueError):
-            return self._start_over()
-        if not isinstance(started, dict) or started.get("plan") != self.plan.digest():
-            return self._start_over()
-        same_boot = bool(started.get("boot")) and started["boot"] == _boot()
-        done: set[int] = set()
-        for line in lines:
-            word, _, number = line.partition(" ")
-            if word == "step" and same_boot and number.isdigit():
-                done.add(int(number))
-            elif word == "file" and number.isdigit():
-                done |= {i for i, step in enumerate(self.plan.steps) if step.file == int(number)}
-                self._synced.add(int(number))
-        return {i for i in done if i < len(self.plan.steps)} if self._parts_whole() else self._start_over()
-
-    def _parts_whole(self) -> bool:
-        return all(
+    def _progress(self) -> Progress:
+        """What the part holds already; a part that is not whole, or of another plan, is removed."""
+        found = read_journal(self._journal_path(), self.plan)
+        whole = all(
             self.path(n).is_file() and self.path(n).stat().st_size == file.size
             for n, file in enumerate(self.plan.files)
         )
-
-    def _start_over(self) -> set[int]:
+        if found.done and whole:
+            return found
         self._remove_part()
-        self._synced.clear()
-        return set()
-
-    def _note(self, line: str) -> None:
-        assert self._journal is not None
-        with _disk_errors(self.part):
-            os.write(self._journal, line.encode() + b"\n")
+        return Progress()
 
     def write(self, step: WeightStep, start: int, raw: Array) -> None:
         """Write some rows of a weight."""
         offset = step.offset + step.spec.dtype.nbytes(start * step.columns)
-        with _disk_errors(self.part):
+        with disk_errors(self.part):
             self.files[step.file].write(raw.data, offset)
 
     def copy(self, step: CopyStep) -> None:
         """Copy a run of bytes from the base."""
         extent = step.source.source.extent(step.source.name)
-        with _disk_errors(self.part):
+        with disk_errors(self.part):
             if extent is None:
                 raw = step.source.source.read_bytes(step.source.name)[step.skip : step.skip + step.nbytes]
                 self.files[step.file].write(raw.data, step.offset)
@@ -201,13 +163,17 @@ class FileSink:
 
     def finish(self, index: int, step: Step) -> None:
         """Note that a step's bytes are written; wait for the disk when its file is whole."""
-        with self._lock:
+        with self._lock, disk_errors(self.part):
             self._left[step.file] -= step.nbytes
             whole = self._left[step.file] == 0
-            self._note(f"step {index}")
+            self._note().step(index)
             self._release(_copied_from(step))
         if whole:
             self._complete(step.file)
+
+    def _note(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
     def _release(self, path: str | None) -> None:
         """Close a source once the last step that copies from it is done."""
@@ -219,11 +185,11 @@ class FileSink:
     def _complete(self, number: int) -> None:
         """A file is whole: wait for the disk, say so in the journal."""
         if self.sync:
-            with _disk_errors(self.part):
+            with disk_errors(self.part):
                 self.files[number].sync()
-            with self._lock:
+            with self._lock, disk_errors(self.part):
                 self._synced.add(number)
-                self._note(f"file {number}")
+                self._note().file(number)
         self.files[number].close()
 
     def publish(self) -> None:
@@ -236,17 +202,18 @@ class FileSink:
         if missing:
             raise Incomplete(f"{missing[0]}: {sum(self._left):,} bytes of the layout were never written")
         for number in range(len(self.files)):
-            if (
-                number not in self._synced
-            ):  # one without a step, or finished by a run that did not get to sync it
+            if number not in self._synced:  # without a step, or finished by a run that did not get to sync it
                 self._complete(number)
         self._close()
-        with _disk_errors(self.part):
+        with disk_errors(self.part):
             self._write_small()
             self._journal_path().unlink()
             if self.sync:
                 sync_folder(self.part if self.folder else self.part.absolute().parent)
-            self._swap()
+            swap(self.part, self.output, replace=self.replace)
+            if self.sync:
+                sync_folder(self.output.absolute().parent)
+            remove(set_aside(self.output)[1])
 
     def _write_small(self) -> None:
         """The record last: a part that has it needs no journal to be known as ours."""
@@ -269,26 +236,6 @@ class FileSink:
             for folder in folders:
                 sync_folder(folder)
 
-    def _swap(self) -> None:
-        """Put the new in the place of the old: old aside, new in, old away. Recovered by the next run if cut short."""
-        old = set_aside(self.output)[1]
-        if os.path.lexists(self.output):
-            if not self.replace:
-                raise OutputExists(
-                    f"{self.output} has appeared meanwhile", hint=f"the result is in {self.part}"
-                )
-            self.output.rename(old)
-        try:
-            self.part.rename(self.output)
-        except BaseException:
-            if os.path.lexists(old) and not os.path.lexists(self.output):
-                old.rename(self.output)
-            raise
-        if self.sync:
-            sync_folder(self.output.absolute().parent)
-        if os.path.lexists(old):
-            _remove(old)
-
     def abandon(self, *, keep: bool) -> None:
         """Stop early; keep the part for a later run, or remove it."""
         self._close()
@@ -299,11 +246,11 @@ class FileSink:
         for file in (*self.files, *self._sources.values()):
             file.close()
         if self._journal is not None:
-            os.close(self._journal)
+            self._journal.close()
             self._journal = None
 
     def _remove_part(self) -> None:
-        _remove(self.part)
+        remove(self.part)
         self._journal_path().unlink(missing_ok=True)
 
 
@@ -375,77 +322,7 @@ class MemorySink:
         }
 
 
-def set_aside(output: Path) -> tuple[Path, Path]:
-    """The names beside an output: what is being written, and what is being replaced."""
-    return output.with_name(output.name + ".part"), output.with_name(output.name + ".loratools-old")
-
-
-def standing(output: Path) -> Path | None:
-    """Where an existing output lies: under its name, or aside where a replacement was cut short; None if nowhere."""
-    old = set_aside(output)[1]
-    return next((path for path in (output, old) if os.path.lexists(path)), None)
-
-
-def _in_the_way(path: Path) -> OutputExists:
-    return OutputExists(
-        f"{path} is in the way, and loratools did not leave it there",
-        hint="remove it by hand if it may go, or give the output another name",
-    )
-
-
-def recover(output: Path) -> None:
-    """Finish or undo a replacement that was cut short between its two renames."""
-    old = set_aside(output)[1]
-    if not made_by_loratools(old):
-        return
-    if os.path.lexists(output):
-        _remove(old)
-    else:
-        old.rename(output)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _allocate(fd: int, size: int) -> None:
-    """Give a file its size, with the disk blocks set aside where the file system can."""
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-    os.ftruncate(fd, size)
-
-
-def _boot() -> str:
-    """Which boot of the machine this is; empty where the system does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def _copied_from(step: Step) -> str | None:
     """The file a step copies from, if it copies from one."""
     extent = step.source.source.extent(step.source.name) if isinstance(step, CopyStep) else None
     return None if extent is None else extent.path
-
-
-@contextlib.contextmanager
-def _disk_errors(part: Path) -> Iterator[None]:
-    """What the disk refuses, said as one sentence."""
-    try:
-        yield
-    except LoratoolsError:
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            problem, way_out = "the disk is full", "make room and run again with --resume"
-        else:
-            problem, way_out = str(error), "run again with --resume when this is mended"
-        raise Incomplete(f"{part}: {problem}", hint=f"{way_out}; nothing was published") from error

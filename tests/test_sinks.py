@@ -18,11 +18,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
-from loratools import planning, sinks
+from loratools import journal as journals
+from loratools import planning, publishing, sinks
 from loratools.errors import Incomplete, LoratoolsError, NonFinite, NotFound, OutputExists
 from loratools.executors.inline import Inline
+from loratools.publishing import set_aside, standing
 from loratools.running import run
-from loratools.sinks import FileSink, MemorySink, set_aside, standing
+from loratools.sinks import FileSink, MemorySink
 from loratools.tensors import files
 from tests.small import LAYERS, base_tensors, contents, write_base, write_small_adapter
 
@@ -87,7 +89,7 @@ def test_interrupted_again_and_again(tmp_path, base, adapter, expected):
     for count in range(1, 4):
         with pytest.raises(Stop):
             lt.merge(base, adapter, tmp_path / "out", resume=True, on_step=stopping(1), executor="inline")
-        done = (tmp_path / "out.part" / sinks.JOURNAL).read_text().count("step")
+        done = (tmp_path / "out.part" / journals.JOURNAL).read_text().count("step")
         assert done == count
     assert lt.merge(base, adapter, tmp_path / "out", resume=True).resumed == 3
     assert contents(tmp_path / "out") == expected
@@ -111,7 +113,7 @@ def test_single_file_interrupted_then_resumed(tmp_path, base, adapter):
     lt.merge(single, adapter, tmp_path / "expected.safetensors")
     with pytest.raises(Stop):
         lt.merge(single, adapter, tmp_path / "out.safetensors", on_step=stopping(2), executor="inline")
-    assert beside(tmp_path) == ["out.safetensors.part", f"out.safetensors.part{sinks.JOURNAL}"]
+    assert beside(tmp_path) == ["out.safetensors.part", f"out.safetensors.part{journals.JOURNAL}"]
     assert lt.merge(single, adapter, tmp_path / "out.safetensors", resume=True).resumed == 2
     assert beside(tmp_path) == ["out.safetensors"]
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
@@ -238,7 +240,7 @@ def test_an_adapter_in_memory_is_never_resumed(tmp_path, base, adapter):
 )
 def test_a_damaged_journal_starts_over(tmp_path, base, adapter, expected, damage):
     interrupted(base, adapter, tmp_path / "out")
-    journal = tmp_path / "out.part" / sinks.JOURNAL
+    journal = tmp_path / "out.part" / journals.JOURNAL
     journal.write_text(damage(journal.read_text()))
     assert lt.merge(base, adapter, tmp_path / "out", resume=True).resumed == 0
     assert contents(tmp_path / "out") == expected
@@ -247,7 +249,7 @@ def test_a_damaged_journal_starts_over(tmp_path, base, adapter, expected, damage
 def test_half_a_line_of_the_journal_does_not_count(tmp_path, base, adapter, expected):
     """Step 12 written as "step 1" must not pass for step 1."""
     interrupted(base, adapter, tmp_path / "out")
-    journal = tmp_path / "out.part" / sinks.JOURNAL
+    journal = tmp_path / "out.part" / journals.JOURNAL
     head, *steps = journal.read_text().splitlines()
     journal.write_text("\n".join([head, "step 99", "step x", "nonsense", steps[0], "step 5"]))
     assert lt.merge(base, adapter, tmp_path / "out", resume=True).resumed == 1
@@ -269,20 +271,20 @@ def test_a_damaged_part_starts_over(tmp_path, base, adapter, expected, damage):
 
 
 def test_after_a_reboot_only_synced_files_count(tmp_path, base, adapter, expected, monkeypatch):
-    monkeypatch.setattr(sinks, "_boot", lambda: "first")
+    monkeypatch.setattr(journals, "_boot", lambda: "first")
     plan = lt.plan_merge(base, adapter, tmp_path / "out").plan
     first = [step.file for step in plan.steps].count(0)
     with pytest.raises(Stop):  # one file whole and synced, the other begun
         lt.merge(base, adapter, tmp_path / "out", on_step=stopping(first + 1), executor="inline")
-    monkeypatch.setattr(sinks, "_boot", lambda: "second")
+    monkeypatch.setattr(journals, "_boot", lambda: "second")
     assert lt.merge(base, adapter, tmp_path / "out", resume=True).resumed == first
     assert contents(tmp_path / "out") == expected
 
 
 def test_without_sync_a_reboot_starts_over(tmp_path, base, adapter, expected, monkeypatch):
-    monkeypatch.setattr(sinks, "_boot", lambda: "first")
+    monkeypatch.setattr(journals, "_boot", lambda: "first")
     interrupted(base, adapter, tmp_path / "out", sync=False)
-    monkeypatch.setattr(sinks, "_boot", lambda: "second")
+    monkeypatch.setattr(journals, "_boot", lambda: "second")
     assert lt.merge(base, adapter, tmp_path / "out", resume=True, sync=False).resumed == 0
     assert contents(tmp_path / "out") == expected
 
@@ -331,7 +333,7 @@ def test_disk_refuses_in_the_middle(tmp_path, base, adapter, expected, monkeypat
     def write(sink, step, start, raw):
         calls.append(step)
         if len(calls) == LAYERS:
-            with sinks._disk_errors(sink.part):
+            with publishing.disk_errors(sink.part):
                 raise OSError(number, os.strerror(number))
         real(sink, step, start, raw)
 
@@ -361,13 +363,15 @@ def test_disk_full_in_the_system_call(tmp_path, base, adapter, expected, monkeyp
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("name", ["_write_small", "_swap", "_note"])
-def test_disk_full_at_the_end(tmp_path, base, adapter, expected, monkeypatch, name):
-    def fails(*args):
-        with sinks._disk_errors(tmp_path / "out.part"):
+@pytest.mark.parametrize(
+    ("owner", "name"), [(FileSink, "_write_small"), (sinks, "swap"), (journals.Journal, "step")]
+)
+def test_disk_full_at_the_end(tmp_path, base, adapter, expected, monkeypatch, owner, name):
+    def fails(*args, **_):
+        with publishing.disk_errors(tmp_path / "out.part"):
             full()
 
-    monkeypatch.setattr(FileSink, name, fails)
+    monkeypatch.setattr(owner, name, fails)
     with pytest.raises(Incomplete, match="the disk is full"):
         lt.merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -411,7 +415,7 @@ def test_a_disk_that_is_really_full(tmp_path, adapter, small_disk, monkeypatch):
     monkeypatch.setattr(FileSink, "_require_space", lambda sink: None)
     with pytest.raises(Incomplete, match="the disk is full"):
         lt.merge(big, adapter, small_disk / "out")
-    monkeypatch.setattr(sinks, "_allocate", os.ftruncate)
+    monkeypatch.setattr(sinks, "allocate", os.ftruncate)
     with pytest.raises(Incomplete, match="the disk is full"):
         lt.merge(big, adapter, small_disk / "out")
     assert [path.name for path in small_disk.iterdir()] == ["out.part"]
@@ -552,7 +556,7 @@ def test_a_users_own_file_beside_a_single_file(tmp_path, base, adapter):
 def test_a_part_that_is_a_link_is_not_followed(tmp_path, base, adapter):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    (theirs / sinks.JOURNAL).write_text("{}\n")
+    (theirs / journals.JOURNAL).write_text("{}\n")
     (theirs / "thesis.txt").write_text("years of work")
     (tmp_path / "out.part").symlink_to(theirs)
     before = contents(theirs)

@@ -93,15 +93,12 @@ def command(
     from loratools.arrays import check_device
     from loratools.executors.base import make_executor
     from loratools.running import default_jobs
-    from loratools.sinks import recover
 
     check_device(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     opened = load_adapters(
         names, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
     )
-    if not dry_run and Path(target).name:
-        recover(Path(target))
     planned = lt.plan_merge(
         base, opened, target, weights=weight or None, dtype=dtype, shard_size=shard_size, force=force,
         allow_unmatched=allow_unmatched, on_conflict=on_conflict, blockwise_experts=blockwise_experts,

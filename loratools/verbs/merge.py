@@ -19,9 +19,10 @@ from loratools.merging import Conflict, Merged, merge_tensors
 from loratools.models import open_base, require_unquantised
 from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
 from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, made_by_loratools, record
+from loratools.publishing import set_aside, standing
 from loratools.refs import local_path
 from loratools.running import default_jobs, peak_memory, run
-from loratools.sinks import FileSink, MemorySink, set_aside, standing
+from loratools.sinks import FileSink, MemorySink
 from loratools.tensors.memory import is_torch
 from loratools.verbs.reports import MergeReport, SurvivalSummary
 
