@@ -162,7 +162,9 @@ class FileSink:
             copy_range(source, extent.offset + step.skip, self.files[step.file], step.offset, step.nbytes)
 
     def finish(self, index: int, step: Step) -> None:
-        """Note that a step's bytes are written; wait for the disk when its file is whole."""
+        """Note that a step's bytes are written; start on the disk with them, and wait for it when the file is whole."""
+        if self.sync:
+            self.files[step.file].start_sync(*_written(step))
         with self._lock, disk_errors(self.part):
             self._left[step.file] -= step.nbytes
             whole = self._left[step.file] == 0
@@ -320,6 +322,13 @@ class MemorySink:
             name: from_bytes(raw, self.specs[name], torch_out=self.torch_out)
             for name, raw in self.raw.items()
         }
+
+
+def _written(step: Step) -> tuple[int, int]:
+    """Where in its file a step writes, and how much."""
+    if isinstance(step, CopyStep):
+        return step.offset, step.nbytes
+    return step.offset + step.spec.dtype.nbytes(step.start * step.columns), step.nbytes
 
 
 def _copied_from(step: Step) -> str | None:
