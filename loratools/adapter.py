@@ -192,7 +192,7 @@ def _load_expert(module: Module, index: int, double: bool) -> Delta:
 def _dora(module: Module, double: bool) -> Update:
     from loratools.deltas.dora import WeightDecomposed
 
-    return WeightDecomposed(_low_rank(module, double), module.array("magnitude", double).reshape(-1))
+    return WeightDecomposed(_lora(module, double), module.array("magnitude", double).reshape(-1))
 
 
 def _adalora(module: Module, double: bool) -> Update:

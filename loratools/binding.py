@@ -44,7 +44,8 @@ def bind(adapter: Adapter, base: BaseModel, faults: list[tuple[str, Mismatch]] |
     paths = [bare(name) for name in adapter.modules] or [
         e.target.rpartition(".")[0] for e in adapter.extras.values()
     ]
-    spelling = choose_spelling(adapter, base, paths)
+    besides = [e.target.rpartition(".")[0] for e in adapter.extras.values() if e.role != "unclaimed"]
+    spelling = choose_spelling(adapter, base, paths, besides)
     binder = _Binder(adapter, spelling)
     for name, module in adapter.modules.items():
         with _collected(name, faults):

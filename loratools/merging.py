@@ -77,7 +77,8 @@ def merge_tensors(
     homes: dict[str, str | None] = {}
     for name, home in tie.new_tensors():
         outputs[name], homes[name] = sorter.output(name, base.source.specs[home], start=home), home
-    for name in sorter.added({*outputs, *tie.shared()}):
+    added = sorter.added({*outputs, *tie.shared()})
+    for name in added:
         outputs[name], homes[name] = sorter.output(name, None), None
     outputs |= {name: tie.like_embedding(outputs, name) for name in tie.shared() if name in outputs}
     resized = _resized(base, outputs, sorter)
@@ -91,8 +92,16 @@ def merge_tensors(
         resized=resized[0] if resized else None,
         bound=sum(len(binding.bound) for binding in bindings),
         unmatched=unmatched,
-        warnings=tuple(warnings + tie.warnings() + _removals(adapters, weights, outputs)),
+        warnings=tuple(warnings + _additions(added) + tie.warnings() + _removals(adapters, weights, outputs)),
     )
+
+
+def _additions(added: Sequence[str]) -> list[str]:
+    """New tensors are right for a new head, and a sign of a wrong base for anything else."""
+    if not added:
+        return []
+    more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+    return [f"{added[0]}{more}: not in the base, added; config.json must describe a model that has it"]
 
 
 def _removals(
@@ -331,6 +340,14 @@ class _Tied:
             return False
         if all(_shares(b, tie) for b in bindings):
             return False
+        if (
+            tie.embedding.endswith("shared.weight")
+            and str(self.base.config.get("model_type")) not in _TIED_SCALE
+        ):
+            raise Unsupported(
+                f"{tie.embedding} serves encoder, decoder and head at once; to change one means to part all three",
+                hint="an adapter on the shared embedding of this family cannot be merged; keep it as an adapter",
+            )
         if str(self.base.config.get("model_type")) in _TIED_SCALE:
             raise Unsupported(
                 f"{tie.embedding} and the head are one weight, and this architecture scales its output only while "

@@ -121,6 +121,13 @@ class Spelling:
             path = path.split(".", self.stripped)[-1] if path.count(".") >= self.stripped else path
         return f"{self.prefix}.{path}" if self.prefix else path
 
+    def finds(self, paths: list[str]) -> int:
+        """How many of the paths are places in the base.
+
+        Distinct ones: a spelling that puts the encoder's modules on top of the decoder's explains only half.
+        """
+        return len({there for path in paths if self.base.holds(there := self(path))})
+
     @property
     def words(self) -> str:
         """The change, for a message; empty where there is none."""
@@ -139,24 +146,31 @@ def bare(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def choose_spelling(adapter: Adapter, base: BaseModel, paths: list[str]) -> Spelling:
+def choose_spelling(
+    adapter: Adapter, base: BaseModel, paths: list[str], besides: list[str] | None = None
+) -> Spelling:
     """The spelling that finds most of the adapter's modules in the base.
+
+    Args:
+        adapter: whose they are, for messages.
+        base: where to look.
+        paths: of the modules.
+        besides: of the modules that other tensors belong to, which decide between spellings that are equal otherwise.
 
     Raises:
         UnmatchedModules: two fit equally well and mean different weights.
     """
     plain = Spelling(BaseNames(base, DIALECTS[0]))
-    paths = list(dict.fromkeys(paths))
-    best = sum(map(plain.base.holds, paths))
-    if best == len(paths):
+    paths, others = list(dict.fromkeys(paths)), list(dict.fromkeys(besides or ()))
+    best = (plain.finds(paths), plain.finds(others))
+    if best == (len(paths), len(others)):
         return plain
-    found = [plain] if best else []
+    found = [plain] if best[0] else []
     for spelling in _spellings(base, paths):
-        # Distinct places: a spelling that puts the encoder's modules on top of the decoder's explains only half.
-        count = len({there for path in paths if spelling.base.holds(there := spelling(path))})
+        count = (spelling.finds(paths), spelling.finds(others))
         if count > best:
             best, found = count, [spelling]
-        elif count == best and best:
+        elif count == best and best[0]:
             found.append(spelling)
     if not found:
         return plain

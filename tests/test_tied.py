@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -271,3 +272,18 @@ def test_a_stored_head_is_believed(says: bool | None, tmp_path: Path) -> None:
     lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = load_cleanly(case, tmp_path / "out")
     assert relative_error(logits(merged, case), wanted) < 1e-5
+
+
+def test_an_embedding_that_encoder_decoder_and_head_share_is_refused(tmp_path):
+    """Untied, transformers would look for three tensors, and start the two that are not there at random."""
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(Unsupported, match="serves encoder, decoder and head at once"):
+        lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loratools.deltas.base import Delta
+    from loratools.deltas.base import Update
     from loratools.dtypes import Array
 
 __all__ = ["WeightDecomposed"]
@@ -20,7 +20,7 @@ class WeightDecomposed:
     the whole matrix is needed at once.
     """
 
-    delta: Delta
+    delta: Update  # a plain sum, or one that starts from a residual of the base (PiSSA, OLoRA)
     magnitude: Array  # (out,)
     by_column: bool = False  # the weight is stored (in, out)
 
@@ -31,8 +31,8 @@ class WeightDecomposed:
 
     @property
     def rowwise(self) -> bool:
-        """While output features are rows."""
-        return not self.by_column
+        """While output features are rows, and the rows of W + D need no others."""
+        return self.delta.rowwise and not self.by_column
 
     def apply(self, weight: Array, start: int) -> Array:
         """See :class:`~loratools.deltas.base.Update`."""

@@ -157,6 +157,8 @@ def read_peft(name: str, source: TensorSource, config: PeftConfig, evidence: str
             continue
         broken[path] = problem.text
         extras |= {ref.name: Extra(ref, path, "unclaimed", problem.text) for ref in tensors.values()}
+    if not modules and not broken and any(split_key(_path(key)) for key in source.specs):
+        broken["the adapter"] = f"declared as {config.peft_type}, with the tensors of another type"
     present = sorted({module.kind for module in modules.values()}) or [config.peft_type.lower()]
     return Adapter(
         name=name,
@@ -433,8 +435,9 @@ def _ends(path: str, name: str) -> bool:
 
 
 def _within(path: str, name: str) -> bool:
-    """Whether ``name`` is this module or one it lies in."""
-    return f".{name}." in f".{path}."
+    """Whether this module, or one it lies in, has a name that ends with ``name``: PEFT's rule, dot or no dot."""
+    parts = path.split(".")
+    return any(".".join(parts[: n + 1]).endswith(name) for n in range(len(parts)))
 
 
 def with_blockwise(adapter: Adapter) -> Adapter:

@@ -80,6 +80,12 @@ def why_refused(
         value = config.raw.get(name)
         if any(value) if name == "enable_lora" and isinstance(value, list) else value:
             return refusal
+    bare = next((path for path, m in modules.items() if config.use_dora and m.kind == "lora"), None)
+    if bare is not None:
+        return (
+            f"the configuration says use_dora, and {bare} has no magnitude vector",
+            "save the adapter again; or set use_dora to false, if it is a plain LoRA",
+        )
     grouped = next((p for p, m in modules.items() if _is_grouped(m)), None)
     if grouped is not None:
         return (
