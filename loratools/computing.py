@@ -307,5 +307,6 @@ def _find_non_finite(step: WeightStep, block: Block, raw: Array) -> None:
                 hint="write a wider type: --dtype bf16 or f32",
             )
         raise NonFinite(
-            f"{where} became {value}", hint="is the adapter whole? loratools validate finds NaN and Inf"
+            f"{where} became {value}",
+            hint="is the weight, or the alpha, too large? If not, loratools validate finds NaN and Inf in an adapter",
         )

@@ -25,6 +25,7 @@ __all__ = [
     "Unsupported",
     "printable",
     "quoted",
+    "size",
 ]
 
 
@@ -50,6 +51,18 @@ def quoted(value: object, limit: int = 80) -> str:
     """
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units.
+
+    >>> size(999), size(2_200_000_000), size(20_000_000)
+    ('999 bytes', '2.2 GB', '20 MB')
+    """
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor * 0.9995:
+            return f"{count / factor:.3g} {unit}"
+    return f"{int(count)} byte{'' if int(count) == 1 else 's'}"
 
 
 class LoratoolsError(Exception):

@@ -193,7 +193,8 @@ class Plan:
         if allowed is not None and needed > allowed:
             heaviest = max(self.steps, key=lambda step: step.peak_bytes)
             name = heaviest.name if isinstance(heaviest, WeightStep) else heaviest.names[0]
-            hint = f"fewer --jobs need less; the largest step is {name} ({heaviest.peak_bytes / 1e6:.0f} MB)"
+            hint = f"the largest step is {name} ({heaviest.peak_bytes / 1e6:.0f} MB)"
+            hint = f"fewer --jobs need less; {hint}" if jobs > 1 else f"allow more: {hint}"
             raise OverBudget(needed, allowed, hint=hint)
 
     def digest(self) -> str:

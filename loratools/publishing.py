@@ -92,15 +92,16 @@ def allocate(fd: int, size: int) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(part: Path) -> Iterator[None]:
-    """What the disk refuses, said as one sentence."""
+def disk_errors(part: Path, *, kept: bool = True) -> Iterator[None]:
+    """What the disk refuses, said as one sentence; ``kept`` says whether the part stays for a later run."""
     try:
         yield
     except LoratoolsError:
         raise
     except OSError as error:
         if error.errno in _FULL:
-            problem, way_out = "the disk is full", "make room and run again with --resume"
+            problem, way_out = "the disk is full", "make room and run again"
         else:
-            problem, way_out = str(error), "run again with --resume when this is mended"
+            problem, way_out = error.strerror or str(error), "run again when this is mended"
+        way_out = f"{way_out}, with --resume" if kept else way_out
         raise Incomplete(f"{part}: {problem}", hint=f"{way_out}; nothing was published") from error

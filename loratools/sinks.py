@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.errors import Incomplete
+from loratools.errors import Incomplete, size
 from loratools.journal import JOURNAL, Journal, Progress, read_journal
 from loratools.planning import CopyStep
 from loratools.provenance import made_by_loratools
@@ -78,7 +78,7 @@ class FileSink:
             else:
                 self._remove_part()
         self._require_space()
-        with disk_errors(self.part):
+        with disk_errors(self.part, kept=bool(self.done)):
             (self.part if self.folder else self.part.parent).mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self._journal_path(), self.plan, goes_on=bool(self.done))
             self.files = [self._create(number) for number in range(len(self.plan.files))]
@@ -123,11 +123,15 @@ class FileSink:
 
     def _require_space(self) -> None:
         parent = next(p for p in (self.part, *self.part.absolute().parents) if p.exists())
+        if parent != self.part and not parent.is_dir():
+            raise Incomplete(
+                f"{self.output}: {parent} is a file, not a folder", hint="give the result a place in a folder"
+            )
         needed = self.plan.bytes_written - sum(self.plan.steps[i].nbytes for i in self.done)
         free = shutil.disk_usage(parent).free
         if not self.done and needed > free:
             raise Incomplete(
-                f"{self.output}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+                f"{self.output}: needs {size(needed)}, {size(free)} are free",
                 hint="nothing was written",
             )
 

@@ -123,6 +123,12 @@ def test_an_interrupted_merge_says_how_to_go_on(monkeypatch, demo_files, tmp_pat
         ["merge", "base", "a", ""],
         ["demo", ""],
         ["completion", "tcsh"],
+        ["completion", "bash", "--json"],
+        ["validate", "x", "--json", "--format", "github"],
+        ["validate", "x", "--json", "--format", "sarif"],
+        ["merge", "base", "a", "out", "--dtype", "banana"],
+        ["merge", "base", "a", "out", "--dtype", "f8_e4m3"],
+        ["merge", "base", "a", "out", "--dtype", "i32"],
         ["nothing"],
         ["--nothing"],
     ],
@@ -208,14 +214,60 @@ def test_a_closed_pipe_ends_quietly(demo_files, arguments):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")  # noqa: PTH110
-def test_a_full_disk_under_stdout_is_said():
+@pytest.mark.parametrize("verb", ["formats", "merge"])
+def test_a_full_disk_under_stdout_is_said(demo_files, tmp_path, verb):
+    places = [str(demo_files.base), str(demo_files.adapter), str(tmp_path / "out")]
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(
-            [sys.executable, "-m", "loratools", "formats"],
+            [sys.executable, "-m", "loratools", verb, *(places if verb == "merge" else [])],
             stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
         )  # fmt: skip
     assert done.returncode == 3
-    assert done.stderr == b"Error: No space left on device\n"
+    assert done.stderr.startswith(b"Error: the result could not be printed: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="descriptors close in another way on Windows")
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)])
+def test_a_stream_that_is_closed_from_the_start_is_no_reason_to_stop(demo_files, tmp_path, closed):
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "loratools", "merge", str(demo_files.base), str(demo_files.adapter), str(out)],
+        capture_output=True, check=False, timeout=60, preexec_fn=close,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    loratools.merge(demo_files.base, demo_files.adapter, tmp_path / "again")
+    for file in out.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_wrong_type_names_the_option():
+    assert "'--dtype'" in invoke("merge", "base", "a", "out", "--dtype", "banana").stderr
+
+
+def test_an_alpha_beside_a_configuration_is_refused(demo_files, tmp_path):
+    result = invoke(
+        "merge", str(demo_files.base), str(demo_files.adapter), str(tmp_path / "o"), "--alpha", "77"
+    )
+    assert result.exit_code == 3
+    assert "the alpha given is 77" in result.stderr
+    assert "adapter_config.json" in result.stderr.splitlines()[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(demo_files, tmp_path, name):
+    for other in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / other).write_bytes((demo_files.adapter / other).read_bytes())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    for ref in (tmp_path, tmp_path / name):
+        result = invoke("inspect", str(ref))
+        assert result.exit_code == 3
+        assert f"{name}: not a regular file" in result.stderr
 
 
 def test_an_output_encoding_that_lacks_a_character_is_no_reason_to_stop(tmp_path):

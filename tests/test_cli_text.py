@@ -167,3 +167,11 @@ def test_exit_codes_of_validate(monkeypatch, severities, strict, code):
     assert all(severity in result.stdout for severity in severities)
     quiet = CliRunner().invoke(app, ["validate", "x", "--quiet"])
     assert quiet.stdout.count("text") == severities.count("error")
+
+
+def test_a_survival_that_is_not_a_number_is_not_a_percentage():
+    from loratools.cli.merge import _survival
+    from loratools.verbs.reports import SurvivalSummary
+
+    nan = float("nan")
+    assert "%" not in _survival(SurvivalSummary(nan, nan, "q", nan, 0.0))

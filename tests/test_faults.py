@@ -221,7 +221,7 @@ def test_arguments_in_the_wrong_order(tmp_path, base, adapter):
 
 
 def test_weights_of_another_number(tmp_path, base, adapter):
-    fails(Unsupported, "2 weights for 1 adapters", tmp_path, base, adapter, weights=[1, 2])
+    fails(Unsupported, "2 weights for 1 adapter", tmp_path, base, adapter, weights=[1, 2])
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])

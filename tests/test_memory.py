@@ -278,6 +278,7 @@ def test_untouched_ties_stay_ties(adapter, library):
     assert merged["lm_head.weight"] is merged["embed.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:.*shared their memory:UserWarning")
 @pytest.mark.parametrize("which", range(3))
 def test_a_change_to_one_of_several_names_of_a_tensor_is_never_lost(adapter, which):
     """Three names of one tensor, one of them adapted: its delta is in the result, or the merge is refused."""

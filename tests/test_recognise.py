@@ -139,10 +139,13 @@ def test_alpha_says_what_a_bare_file_does_not(tmp_path: Path) -> None:
     assert {name: module.scaling for name, module in told.modules.items()} == {"a": 2.0, "b": 4.0}
 
 
-def test_alpha_overrides_the_configuration_and_its_pattern(tmp_path: Path) -> None:
+def test_an_alpha_that_the_configuration_contradicts_is_refused(tmp_path: Path) -> None:
     make_adapter(tmp_path / "a", {"q": (6, 8)}, rank=4, alpha=8, alpha_pattern={"q": 4})
     assert open_adapter(tmp_path / "a").modules["q"].scaling == 1.0
-    assert open_adapter(tmp_path / "a", alpha=12).modules["q"].scaling == 3.0
+    with pytest.raises(BadConfig, match="lora_alpha is 8, and the alpha given is 12"):
+        open_adapter(tmp_path / "a", alpha=12)
+    with pytest.raises(BadConfig, match="alpha_pattern"):
+        open_adapter(tmp_path / "a", alpha=8)
 
 
 def test_a_configuration_from_elsewhere(tmp_path: Path) -> None:

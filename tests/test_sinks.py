@@ -20,7 +20,15 @@ from safetensors.numpy import load_file, save_file
 import loratools as lt
 from loratools import journal as journals
 from loratools import planning, publishing, sinks
-from loratools.errors import Incomplete, LoratoolsError, NonFinite, NotFound, OutputExists
+from loratools.errors import (
+    Incomplete,
+    LoratoolsError,
+    NonFinite,
+    NotFound,
+    OutputExists,
+    OverBudget,
+    Unsupported,
+)
 from loratools.executors.inline import Inline
 from loratools.publishing import set_aside, standing
 from loratools.running import run
@@ -410,7 +418,7 @@ def test_a_disk_that_is_really_full(tmp_path, adapter, small_disk, monkeypatch):
     big = tmp_path / "big"
     write_base(big)
     save_file({**base_tensors(), "pad": np.ones(1 << 19, np.float32)}, big / "model.safetensors")
-    with pytest.raises(Incomplete, match=r"needs 0\.0 GB"):
+    with pytest.raises(Incomplete, match=r"needs [\d.]+ [kM]?B"):
         lt.merge(big, adapter, small_disk / "out")
     monkeypatch.setattr(FileSink, "_require_space", lambda sink: None)
     with pytest.raises(Incomplete, match="the disk is full"):
@@ -798,3 +806,73 @@ def test_a_slow_disk_is_waited_for(tmp_path, base, adapter, expected, monkeypatc
     monkeypatch.setattr(files.File, "sync", slow)
     lt.merge(base, adapter, tmp_path / "out", jobs=4)
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path, base, adapter):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Incomplete, match="file is a file, not a folder") as caught:
+        lt.merge(base, adapter, tmp_path / "file" / "out")
+    assert "--resume" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_resumption_is_offered_only_where_there_is_something_to_resume(tmp_path, kept):
+    with pytest.raises(Incomplete) as caught, publishing.disk_errors(tmp_path / "part", kept=kept):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert ("--resume" in str(caught.value.hint)) == kept
+
+
+def test_a_budget_too_small_for_one_worker_does_not_ask_for_fewer(tmp_path, base, adapter):
+    for jobs in (1, 2):
+        with pytest.raises(OverBudget) as caught:
+            lt.merge(base, adapter, tmp_path / "out", jobs=jobs, max_memory=1)
+        assert ("fewer --jobs" in str(caught.value.hint)) == (jobs > 1)
+
+
+@pytest.mark.parametrize("given", ["bf16", "torch.bfloat16"])
+def test_types_and_weights_as_people_write_them(base, adapter, given):
+    planned = lt.plan_merge(base, adapter, weights=0.5, dtype=given)
+    assert planned.weights == (0.5,)
+    assert {output.spec.dtype.name for output in planned.merged.outputs.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"dtype": "banana"}, "banana"),
+        ({"dtype": 7}, "7"),
+        ({"dtype": "torch.int32"}, "int32"),
+        ({"dtype": "I32"}, "cannot write I32"),
+        ({"weights": [1.0, 2.0]}, "2 weights for 1 adapter"),
+        ({"weights": float("nan")}, "weight 1 is nan"),
+        ({"weights": [float("inf")]}, "weight 1 is inf"),
+    ],
+)
+def test_arguments_without_a_meaning_are_named(base, adapter, wrong, named):
+    with pytest.raises(Unsupported, match=named):
+        lt.plan_merge(base, adapter, **wrong)
+
+
+def test_a_model_is_not_a_state_dict(adapter):
+    with pytest.raises(Unsupported) as caught:
+        lt.plan_merge(object(), adapter)
+    assert caught.value.hint == "pass model.state_dict()"
+
+
+def test_ties_that_a_merge_tells_apart_are_a_warning_in_memory(tmp_path):
+    factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    shared = np.ones((4, 3), "f4")
+    with pytest.warns(UserWarning, match=r"other\.weight and fc\.weight shared their memory"):
+        merged = lt.merge({"fc.weight": shared, "other.weight": shared}, adapter).state_dict
+    assert merged["fc.weight"][0, 0] == 3
+    assert merged["other.weight"][0, 0] == 1
+
+
+def test_a_value_that_overflows_points_at_the_weight_and_alpha_too():
+    factors = {"fc.lora_A.weight": np.ones((1, 3), "f4"), "fc.lora_B.weight": np.ones((4, 1), "f4")}
+    adapter = lt.load(factors, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    with pytest.raises(NonFinite) as caught:
+        lt.merge({"fc.weight": np.ones((4, 3), "f4")}, adapter, weights=3e38)
+    assert "weight" in str(caught.value.hint)
+    assert "alpha" in str(caught.value.hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,7 @@ class App(click.Group):
         name = prog_name or "loratools"
         arguments = list(sys.argv[1:] if args is None else args)
         settings = extra.setdefault("obj", Settings())
+        _require_streams()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(
                 stream, "reconfigure"
@@ -111,6 +113,13 @@ class App(click.Group):
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+def _require_streams() -> None:
+    """Where a standard stream was closed, print to nowhere, and keep its number from becoming some file's."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 @click.group(

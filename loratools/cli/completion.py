@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratools.cli.options import shared
+from loratools.cli.options import traced
 from loratools.errors import Unsupported
 
 __all__ = ["command"]
@@ -14,7 +14,7 @@ _SHELLS = ("bash", "zsh", "fish", "powershell")
 
 @click.command()
 @click.argument("shell", type=click.Choice(_SHELLS))
-@shared
+@traced
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
     """Print the completion script of a shell.

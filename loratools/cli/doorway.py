@@ -75,6 +75,11 @@ def _sentences(error: LoratoolsError | OSError | MemoryError) -> tuple[str, str 
     if isinstance(error, LoratoolsError):
         return str(error), error.hint
     if isinstance(error, OSError):
+        if error.filename is None and _in_printing(error):
+            return (
+                f"the result could not be printed: {_system(error)}",
+                "the work itself did not fail; files that were written are whole",
+            )
         return _system(error), None
     return "out of memory", "fewer --jobs need less; merge --dry-run says how much"
 
@@ -112,6 +117,15 @@ def _system(error: OSError) -> str:
     names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
     reason = error.strerror or str(error) or type(error).__name__
     return f"{' -> '.join(names)}: {reason}" if names else reason
+
+
+def _in_printing(error: OSError) -> bool:
+    """Whether it was raised by writing to a standard stream rather than by the work."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in {"click", "rich"} or module == "loratools.cli.app"
 
 
 def _write_traceback() -> None:

@@ -9,7 +9,7 @@ import click
 
 from loratools.cli.adapters import load_adapters, require_weights
 from loratools.cli.doorway import Misuse
-from loratools.cli.options import REF, SIZE, computing, shared, weighting
+from loratools.cli.options import FLOATS, REF, SIZE, computing, shared, weighting
 from loratools.cli.progress import progress
 from loratools.cli.text import counted, fields, listed, one_line, percent, say_json, size, warn
 
@@ -32,7 +32,10 @@ _NOTABLE = 0.95  # a weight of whose change less than this survives is named
 @click.option("-o", "--output", type=REF, help="OUT, where it is not the last argument.")
 @weighting
 @click.option(
-    "--dtype", metavar="TYPE", help="Type of the floats written, such as bf16.  [default: each keeps its own]"
+    "--dtype",
+    type=FLOATS,
+    metavar="TYPE",
+    help="Type of the floats written, such as bf16.  [default: each keeps its own]",
 )
 @click.option(
     "--shard-size", type=SIZE, help="Bytes a file may have, such as 5GB.  [default: the base's files]"
@@ -201,6 +204,8 @@ def _left_out(names: Sequence[str], settings: Settings) -> list[tuple[str, str]]
 def _survival(survival: SurvivalSummary) -> str:
     if survival.mean is None:
         return "nothing to measure"
+    if survival.mean != survival.mean:
+        return "not a number: there are values in the base that are not finite"
     text = f"{percent(survival.mean)} of the change survives rounding"
     if survival.min is not None and survival.min < _NOTABLE:
         text += f"; least in {survival.worst_module}: {percent(survival.min)}"

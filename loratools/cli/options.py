@@ -16,7 +16,18 @@ from loratools.errors import Unsupported
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FINITE", "REF", "SIZE", "computing", "not_built", "pickles", "shared", "weighting"]
+__all__ = [
+    "FINITE",
+    "FLOATS",
+    "REF",
+    "SIZE",
+    "computing",
+    "not_built",
+    "pickles",
+    "shared",
+    "traced",
+    "weighting",
+]
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -60,6 +71,26 @@ class Finite(click.ParamType[float]):
         return number
 
 
+class Floats(click.ParamType[str]):
+    """The name of a type that a merge can write."""
+
+    name = "type"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See :class:`click.ParamType`."""
+        from loratools.dtypes import compatible, dtype
+
+        try:
+            known = compatible(dtype(str(value)))
+        except Unsupported:
+            known = False
+        if not known:
+            self.fail(
+                f"{str(value)!r} is not a type that can be written: bf16, f16, f32 and f64 are.", param, ctx
+            )
+        return str(value)
+
+
 class Ref(click.Path):
     """A path or a reference. Whether it is there is for the library to say, but nothing is not a name."""
 
@@ -72,6 +103,7 @@ class Ref(click.Path):
 
 SIZE = Size()
 FINITE = Finite()
+FLOATS = Floats()
 REF = Ref()
 
 
@@ -107,11 +139,13 @@ def _setting(*names: str, help: str) -> Callable[[F], F]:
     )
 
 
+traced = _setting("--debug", help="Show a traceback for expected errors too.")
+
 shared = _chain(
     _setting("--json", help="Print one JSON document."),
     _setting("-q", "--quiet", help="No progress, no warnings, no summary."),
     _setting("-v", "--verbose", help="Show lists in full, and where defaults came from."),
-    _setting("--debug", help="Show a traceback for expected errors too."),
+    traced,
 )
 
 pickles = click.option(

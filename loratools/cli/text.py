@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.errors import printable
+from loratools.errors import printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,18 +33,6 @@ def one_line(text: object) -> str:
 def plain_output() -> bool:
     """Whether colour is unwelcome: https://no-color.org, and terminals that have none."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units.
-
-    >>> size(999), size(2_200_000_000), size(20_000_000)
-    ('999 bytes', '2.2 GB', '20 MB')
-    """
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor * 0.9995:
-            return f"{count / factor:.3g} {unit}"
-    return counted(int(count), "byte")
 
 
 def percent(share: float) -> str:

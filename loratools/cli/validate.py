@@ -6,7 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from loratools.cli.doorway import Misuse
 from loratools.cli.options import REF, not_built, pickles, shared
 from loratools.cli.text import counted, one_line, say_json
 
@@ -36,9 +38,9 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 @pickles
 @not_built("--for", metavar="ENGINE", hint="what an engine accepts cannot be checked yet; leave --for out")
 @shared
-@click.pass_obj
+@click.pass_context
 def command(
-    settings: Settings,
+    ctx: click.Context,
     *,
     ref: str,
     base: str | None,
@@ -57,10 +59,11 @@ def command(
       loratools validate my-adapter --base my-model --strict
       loratools validate my-adapter --format github
     """  # noqa: D301 - \b is click's
+    settings: Settings = ctx.obj
+    form = _form(ctx, format, json=settings.json)
     import loratools as lt
 
     report = lt.validate(ref, base=base, strict=strict, config=config, allow_pickle=allow_pickle)
-    form = "json" if settings.json and format == "text" else format
     if form == "json":
         say_json(report.to_dict())
     elif form == "text":
@@ -71,6 +74,20 @@ def command(
         (show_sarif if form == "sarif" else show_github)(report)
     warned = strict and any(finding.severity == "warning" for finding in report.findings)
     return 0 if report.ok and not warned else 1
+
+
+def _form(ctx: click.Context, format: str, *, json: bool) -> str:
+    """What to print; of two wishes, that of the command line goes before that of a file.
+
+    Raises:
+        Misuse: both are of one place, and do not agree.
+    """
+    if not json or format in {"json", "text"}:
+        return "json" if json else format
+    typed = [ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("json", "format")]
+    if typed[0] == typed[1]:
+        raise Misuse(f"--json and --format {format} ask for two things", hint="leave one of them out")
+    return "json" if typed[0] else format
 
 
 def show_validation(report: ValidationReport, settings: Settings) -> None:

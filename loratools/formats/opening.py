@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from loratools.errors import AmbiguousFormat, CorruptFile, NotFound, UnknownFormat
+from loratools.errors import AmbiguousFormat, BadConfig, CorruptFile, NotFound, UnknownFormat
 from loratools.formats.peft import common_config, has_peft_keys, read_peft, with_blockwise
-from loratools.formats.peft_config import CONFIG_NAME, parse_config, read_config
+from loratools.formats.peft_config import CONFIG_NAME, parse_config, read_config, require_regular
 from loratools.refs import local_path
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.pickled import SUFFIXES, PickledFile
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratools.adapter import Adapter
-    from loratools.errors import BadConfig
     from loratools.formats.peft_config import PeftConfig
     from loratools.tensors.base import TensorSource
 
@@ -79,14 +78,14 @@ def open_adapter(
     Args:
         ref: a folder, a weight file, or a state dict (which needs ``config``).
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
-        alpha: overrides ``lora_alpha``.
+        alpha: the ``lora_alpha``, where no configuration says it.
         allow_pickle: read ``.bin`` and ``.pt`` files.
         blockwise_experts: read the B of fused experts as expert-slowest (unsloth before 2026-09).
 
     Raises:
         NotFound: no such file, or a folder without adapter weights.
         CorruptFile: a file breaks the rules of its format.
-        BadConfig: a field of the configuration cannot be.
+        BadConfig: a field of the configuration cannot be, or says another alpha.
         Unsupported: a pickle, without leave to read it.
     """
     adapter = interpret(open_parts(ref, config=config, allow_pickle=allow_pickle), alpha=alpha)
@@ -133,7 +132,7 @@ def explain(
 
     Args:
         opened: the parts.
-        alpha: overrides ``lora_alpha``.
+        alpha: the ``lora_alpha``, where no configuration says it.
         faults: collects what is wrong with the configuration, and such a field counts as absent; by default the
             first fault is raised.
 
@@ -142,6 +141,7 @@ def explain(
     """
     raw = {name: value for name, value in opened.raw.items() if name != "peft_type" or value is not None}
     if alpha is not None:
+        _require_silent(raw, alpha, opened.where)
         if "peft_type" not in raw and raw.get("r") is None:
             raw = common_config(opened.source) | raw
         raw |= {"lora_alpha": alpha, "alpha": alpha, "alpha_pattern": {}}
@@ -153,6 +153,23 @@ def explain(
             config, warnings=("the configuration has no peft_type; read as LORA", *config.warnings)
         )
     return config
+
+
+def _require_silent(raw: Mapping[str, Any], alpha: float, where: object) -> None:
+    """Refuse an alpha that a configuration contradicts.
+
+    Raises:
+        BadConfig: it says another.
+    """
+    hints = "edit adapter_config.json, or pass another with --config (config= in Python)"
+    for name in ("lora_alpha", "alpha"):
+        if raw.get(name) is not None and raw[name] != alpha:
+            raise BadConfig(f"{where}: {name} is {raw[name]!r}, and the alpha given is {alpha:g}", hint=hints)
+    if raw.get("alpha_pattern"):
+        raise BadConfig(
+            f"{where}: alpha_pattern gives modules an alpha of their own, and the alpha given is {alpha:g}",
+            hint=hints,
+        )
 
 
 def interpret(opened: Opened, *, alpha: float | None = None) -> Adapter:
@@ -202,7 +219,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     """
     if not path.exists():
         raise NotFound(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
+        require_regular(path)
         if path.suffix == ".json":
             return _locate_by_config(path)
         config = path.parent / CONFIG_NAME
@@ -262,6 +280,7 @@ def _open_weights(path: Path, allow_pickle: bool) -> TensorSource:
         from loratools.models import open_weights
 
         return open_weights(path).source
+    require_regular(path)
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:

@@ -187,7 +187,7 @@ class _Context:
     def fault(self, pattern: str, problem: str, cause: Exception | None = None) -> None:
         error = BadConfig(
             f"{self.where}: {pattern[:60]!r} {problem}",
-            hint="such a pattern can be written to stall whoever loads the file; name the modules instead",
+            hint="write the pattern in a simpler way, or list the modules by name",
         )
         if self.faults is None:
             raise error from cause

@@ -25,6 +25,7 @@ __all__ = [
     "first_match",
     "parse_config",
     "read_config",
+    "require_regular",
 ]
 
 T = TypeVar("T")
@@ -67,6 +68,16 @@ class PeftConfig:
     warnings: tuple[str, ...] = ()
 
 
+def require_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which may keep whoever opens it waiting for ever. What is not there may pass.
+
+    Raises:
+        CorruptFile: it is there, and is no file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CorruptFile(path, "not a regular file", hint="save its content to a file and name that")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON of a configuration file.
 
@@ -74,6 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
         NotFound: no such file.
         CorruptFile: not a JSON object.
     """
+    require_regular(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

@@ -136,13 +136,21 @@ def recognise(
     )
 
 
+_BARE_HINT = dict.fromkeys(
+    ("lora", "loha", "lokr"),
+    "pass its adapter_config.json with --config, or the alpha it was trained with, with --alpha",
+)
+
+
 def _refusal(form: str, kind: str, evidence: str) -> tuple[str, str]:
     if form == "bare-peft":
-        return f"{evidence}: nothing says how it is scaled", "pass its adapter_config.json with --config"
+        return f"{evidence}: nothing says how it is scaled", _BARE_HINT.get(
+            kind, "pass its adapter_config.json with --config"
+        )
     if form in LORA_FORMATS:
         return (
             f"is a LoRA in format {form} ({evidence})",
-            "this build computes with PEFT adapters: convert it first",
+            "this build computes with PEFT adapters only: export it as one with the tool that trained it",
         )
     return f"is no adapter: {kind} ({evidence})", "an adapter has pairs of factors in it"
 

@@ -35,7 +35,7 @@ def load(
     Args:
         ref: a folder, a weight file, or a state dict (which needs ``config``).
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
-        alpha: overrides ``lora_alpha``.
+        alpha: the ``lora_alpha``, where no configuration says it.
         allow_pickle: read ``.bin`` and ``.pt`` files.
         blockwise_experts: read the B of fused experts as expert-slowest (unsloth before 2026-09).
 
@@ -45,7 +45,7 @@ def load(
     Raises:
         NotFound: no such file, or a folder without adapter weights.
         CorruptFile: a file breaks the rules of its format.
-        BadConfig: a field of the configuration cannot be.
+        BadConfig: a field of the configuration cannot be, or says another alpha.
         Unsupported: a pickle, without leave to read it.
     """
     return open_adapter(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter import Adapter
 from loratools.arrays import check_device
 from loratools.checkpoints import edit_config, index_file, shard_names, small_files
+from loratools.dtypes import compatible
 from loratools.dtypes import dtype as named_dtype
 from loratools.errors import OutputExists, UnknownFormat, Unsupported
 from loratools.executors.base import make_executor
@@ -27,7 +31,7 @@ from loratools.tensors.memory import is_torch
 from loratools.verbs.reports import MergeReport, SurvivalSummary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from loratools.models import BaseModel
     from loratools.planning import Step
@@ -84,8 +88,8 @@ def plan_merge(
     adapters: Ref | Adapter | Sequence[Ref | Adapter],
     out: Ref | None = None,
     *,
-    weights: Sequence[float] | None = None,
-    dtype: str | None = None,
+    weights: float | Sequence[float] | None = None,
+    dtype: Any = None,
     shard_size: int | None = None,
     allow_unmatched: Iterable[str] = (),
     on_conflict: Conflict = "error",
@@ -105,7 +109,8 @@ def plan_merge(
     """
     opened = _open_adapters(adapters, allow_pickle=allow_pickle, blockwise=blockwise_experts)
     factors = _weights(weights, len(opened))
-    model = open_base(base if not isinstance(base, (str, os.PathLike)) else local_path(base))
+    dtype = _dtype_name(dtype)
+    model = _open_base(base)
     _require_base(model)
     output = None if out is None else Path(out)
     if output is not None:
@@ -124,8 +129,8 @@ def merge(
     adapters: Ref | Adapter | Sequence[Ref | Adapter],
     out: Ref | None = None,
     *,
-    weights: Sequence[float] | None = None,
-    dtype: str | None = None,
+    weights: float | Sequence[float] | None = None,
+    dtype: Any = None,
     shard_size: int | None = None,
     verify: bool = False,
     resume: bool = False,
@@ -157,8 +162,8 @@ def merge(
         base: a folder (single or sharded), a safetensors file, or a state dict of numpy arrays or torch tensors.
         adapters: one or several: PEFT folders or files, or what :func:`loratools.load` returned.
         out: a folder or file that does not exist yet, of the base's kind; None merges in memory.
-        weights: what each adapter is multiplied by; 1 where nothing is given.
-        dtype: of the floats written (``"bf16"``); by default each tensor keeps its own.
+        weights: what each adapter is multiplied by; 1 where nothing is given. One number serves one adapter.
+        dtype: of the floats written (``"bf16"``, ``torch.bfloat16``); by default each tensor keeps its own.
         shard_size: bytes a file may have; by default the base's files keep their shares.
         verify: read everything back and compare it with the arithmetic.
         resume: go on from the ``.part`` an interrupted run left.
@@ -249,13 +254,49 @@ def _open_adapters(
     )
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if weights is None or not len(weights):
+def _open_base(base: Ref | Mapping[str, Any]) -> BaseModel:
+    if isinstance(base, (str, os.PathLike)):
+        return open_base(local_path(base))
+    if not isinstance(base, Mapping):
+        raise Unsupported(
+            f"the base is a {type(base).__name__}, not a path or a state dict", hint="pass model.state_dict()"
+        )
+    return open_base(base)
+
+
+def _dtype_name(given: object) -> str | None:
+    """A type as loratools names it: of ``torch.bfloat16`` too, or whatever else prints its name last.
+
+    Raises:
+        Unsupported: no such type, or none that values can be rounded to.
+    """
+    if given is None:
+        return None
+    name = given if isinstance(given, str) else getattr(given, "__name__", str(given))
+    found = named_dtype(name.rpartition(".")[2])
+    if not compatible(found):
+        raise Unsupported(f"a merge cannot write {found}", hint="it writes bf16, f16, f32 and f64")
+    return name.rpartition(".")[2] if isinstance(given, str) else found.name
+
+
+def _weights(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite number for each adapter.
+
+    Raises:
+        Unsupported: another count of them, or one that is not finite.
+    """
+    if isinstance(weights, (int, float)):
+        weights = [weights]
+    if weights is None or not weights:
         return (1.0,) * count
     if len(weights) != count:
         raise Unsupported(
-            f"{len(weights)} weights for {count} adapters", hint="give -w once for each, in their order"
+            f"{len(weights)} weight{'s' * (len(weights) != 1)} for {count} adapter{'s' * (count != 1)}",
+            hint="give one for each, in their order",
         )
+    for number, weight in enumerate(weights, 1):
+        if not math.isfinite(weight):
+            raise Unsupported(f"weight {number} is {float(weight)}, not a finite number")
     return tuple(float(weight) for weight in weights)
 
 
@@ -388,6 +429,13 @@ def _tied_together(planned: MergePlan, tensors: dict[str, Any]) -> dict[str, Any
     for name, first in ties.items():
         if outputs[name].contributions == outputs[first].contributions:
             tensors[name] = tensors[first]
+        else:
+            warnings.warn(
+                f"{name} and {first} shared their memory, and the merge gave them different values: untie the "
+                "model before it loads them, or the last one loaded is both",
+                UserWarning,
+                stacklevel=4,
+            )
     return tensors
 
 
