@@ -35,7 +35,7 @@ __all__ = [
     "plan_steps",
 ]
 
-BLOCK_ELEMENTS = 1 << 18  # float32 values worked on at once; with smaller blocks workers wait for each other
+BLOCK_ELEMENTS = 1 << 19  # float32 values worked on at once; with smaller blocks workers wait for each other
 STEP_BYTES = 48 << 20  # of output, about; a larger weight is split so that workers share it
 COPY_BYTES = 256 << 20
 RUNTIME_BYTES = 48 << 20  # the interpreter, numpy and headers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from loratools.planning import CopyStep, WeightStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Self
 
     from loratools.computing import Survival
     from loratools.dtypes import Array
@@ -98,14 +100,15 @@ def run(
             sink.copy(step)
             seen = None
         else:
+            blas.limit()
             with quiet():
                 seen = _compute(step, sink, measure)
         sink.finish(index, step)
         return index, seen
 
     try:
-        with one_blas_thread():
-            for index, seen in executor.map(work, _interleave(todo, executor.jobs)):
+        with _Blas() as blas:
+            for index, seen in executor.map(work, _in_order(todo, executor.jobs)):
                 if seen is not None:
                     seen_at[index] = seen
                 if on_step is not None:
@@ -141,6 +144,37 @@ def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:
             seen.add(block, rounded.reshape(block.before.shape))
     sink.write(step, start, gathered[:filled])
     return seen
+
+
+class _Blas:
+    """One thread for BLAS from the first step that computes on: until then another worker copies, and numpy loads."""
+
+    def __init__(self) -> None:
+        self._limits = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._limited = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._limits.close()
+
+    def limit(self) -> None:
+        """Hold BLAS to one thread until this context ends."""
+        with self._lock:
+            if not self._limited:
+                self._limits.enter_context(one_blas_thread())
+                self._limited = True
+
+
+def _in_order(steps: list[tuple[int, Step]], jobs: int) -> Iterator[tuple[int, Step]]:
+    """One step that computes, so that its worker loads numpy; the copies, which need none; then the others."""
+    copies = [item for item in steps if isinstance(item[1], CopyStep)]
+    computed = _interleave([item for item in steps if not isinstance(item[1], CopyStep)], jobs)
+    yield from itertools.islice(computed, 1)
+    yield from copies
+    yield from computed
 
 
 def _interleave(steps: list[tuple[int, Step]], jobs: int) -> Iterator[tuple[int, Step]]:

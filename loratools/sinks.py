@@ -12,8 +12,6 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loratools.errors import Incomplete, size
 from loratools.journal import JOURNAL, Journal, Progress, read_journal
 from loratools.planning import CopyStep
@@ -264,6 +262,8 @@ class MemorySink:
     """Tensors in memory, of the kind the base came in."""
 
     def __init__(self, plan: Plan, *, torch_out: bool) -> None:
+        import numpy as np
+
         self.torch_out = torch_out
         self.done: set[int] = set()
         self.specs: dict[str, TensorSpec] = {}
