@@ -57,7 +57,11 @@ def main() -> None:
         "--smoke", action="store_true", help="a tiny model, one round: does the benchmark itself work?"
     )
     options = parser.parse_args()
-    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE"):  # they slow the start, where set
+    for name in (
+        "OPENBLAS_CORETYPE",
+        "OPENBLAS_L2_SIZE",
+        "PYTHONDONTWRITEBYTECODE",
+    ):  # they slow the start, where set
         os.environ.pop(name, None)
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:

@@ -120,8 +120,8 @@ def blocks(step: WeightStep, *, keep_before: str = "none") -> Iterator[Block]:
     Raises:
         ShapeMismatch: an update does not cover the rows it was planned for.
     """
-    kind = numpy_dtype(accumulator(step.spec.dtype))
-    columns, double = step.columns, step.spec.dtype.name == "F64"
+    kind = numpy_dtype(step.accumulator)
+    columns, double = step.columns, step.accumulator.name == "F64"
     updates = [_load(step, contribution, double) for contribution in step.contributions]
     sampled = step.start if keep_before == "first" and step.sampled else -1
     for start in range(step.start, step.stop, step.block_rows):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import flat_shape
-from loratools.dtypes import accumulator, compatible
+from loratools.dtypes import accumulator, compatible, dtype
 from loratools.errors import OverBudget, Unsupported
 from loratools.targets import group_by_index
 from loratools.tensors.header import layout
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratools.adapter import Extra, Module
+    from loratools.dtypes import Dtype
     from loratools.targets import Term
     from loratools.tensors.base import TensorRef, TensorSpec
 
@@ -98,6 +99,11 @@ class WeightStep:
     def nbytes(self) -> int:
         """Bytes it writes."""
         return self.spec.dtype.nbytes((self.stop - self.start) * self.columns)
+
+    @property
+    def accumulator(self) -> Dtype:
+        """The type sums are taken in: float32 as PEFT takes them, float64 where PEFT rounds twice and is no guide."""
+        return _accumulator(self.spec, self.contributions)
 
     @property
     def sampled(self) -> bool:
@@ -351,11 +357,17 @@ def _regions(output: Output) -> Iterator[tuple[int, int, int, tuple[Contribution
         yield index * height, height, columns, mine
 
 
+def _accumulator(spec: TensorSpec, contributions: tuple[Contribution, ...]) -> Dtype:
+    modules = (term.module for c in contributions for term in c.terms)
+    wide = any(module.kind == "lora" and "embedding" in module.options for module in modules)
+    return dtype("F64") if wide else accumulator(spec.dtype)
+
+
 def _peak_bytes(
     output: Output, contributions: tuple[Contribution, ...], block: int, columns: int, *, rowwise: bool
 ) -> int:
     """Buffers of one block, and the factors, which are held in float."""
-    width = accumulator(output.spec.dtype).bits // 8
+    width = _accumulator(output.spec, contributions).bits // 8
     copies = 4 if all(c.is_sum for c in contributions) else 6
     factors = sum(
         ref.spec.count * width for c in contributions for t in c.terms for ref in t.module.tensors.values()
