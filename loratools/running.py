@@ -8,14 +8,15 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from loratools.errors import LoratoolsError
 from loratools.planning import CopyStep, WeightStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Self
 
     from loratools.computing import Survival
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from loratools.executors.base import Executor
     from loratools.planning import Plan, Step
 
-__all__ = ["RunResult", "Sink", "default_jobs", "one_blas_thread", "peak_memory", "quiet", "run"]
+__all__ = ["RunResult", "Sink", "default_jobs", "gather", "one_blas_thread", "peak_memory", "quiet", "run"]
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Measure = Literal["none", "first", "all"]
 
 
@@ -119,6 +122,38 @@ def run(
         sink.abandon(keep=not isinstance(error, LoratoolsError) or isinstance(error, OSError))
         raise
     return RunResult(time.perf_counter() - started, resumed, _by_weight(plan, seen_at))
+
+
+def gather(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    executor: Executor,
+    *,
+    on_step: Callable[[Item], None] | None = None,
+) -> list[Result]:
+    """Apply a function to independent items, BLAS at one thread.
+
+    Args:
+        function: of a module, or a partial of one, so that another process can be told of it.
+        items: what to work on.
+        executor: how.
+        on_step: called in this thread after each item, for progress.
+
+    Returns:
+        The results in the order of the items.
+    """
+    results: list[Any] = [None] * len(items)
+    with one_blas_thread():
+        for index, result in executor.map(partial(_numbered, function), list(enumerate(items))):
+            results[index] = result
+            if on_step is not None:
+                on_step(items[index])
+    return results
+
+
+def _numbered(function: Callable[[Item], Result], numbered: tuple[int, Item]) -> tuple[int, Result]:
+    with quiet():
+        return numbered[0], function(numbered[1])
 
 
 def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:

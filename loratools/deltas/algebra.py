@@ -1,0 +1,353 @@
+"""Exact algebra of low-rank deltas on their factors: sums, inner products, norms, singular values, truncations.
+
+A delta (out, in) of rank r is handled through r x r matrices; the (out, in) matrix is formed only where its rank
+exceeds its smaller side. Sums of products and decompositions are taken in float64 whatever the factors are stored in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from loratools.deltas.full import Dense
+from loratools.deltas.hadamard import Hadamard
+from loratools.deltas.kronecker import Kronecker
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import ShapeMismatch, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratools.deltas.base import Delta
+    from loratools.dtypes import Array
+
+__all__ = [
+    "Comparison",
+    "Core",
+    "add",
+    "angles",
+    "compare",
+    "core",
+    "distance",
+    "factored",
+    "inner",
+    "norm",
+    "overlap",
+]
+
+Side = Literal["left", "right"]
+
+# The condition of a factor with its columns scaled to length one, up to which its Gram matrix serves: what a Gram
+# matrix loses is the square of it, in units of float64's 1e-16.
+_GRAM_CONDITION = 1e4
+# A squared distance below this share of what it is the difference of has lost too many digits: from the core then.
+_CANCELLED = 1e-4
+
+
+def factored(delta: Delta) -> LowRank:
+    """The same delta as two factors, its scaling inside ``up``.
+
+    A Hadamard product of ranks p and q has rank p q (the face-splitting product of the factors), a Kronecker product
+    the product of its sides' ranks. A dense delta is its own factor.
+
+    >>> first, second = LowRank(np.ones((3, 2)), np.ones((2, 4))), LowRank(np.ones((3, 3)), np.ones((3, 4)))
+    >>> factored(Hadamard(first, second, 0.5)).up.shape
+    (3, 6)
+
+    Raises:
+        Unsupported: a delta of no known kind.
+    """
+    if isinstance(delta, LowRank):
+        return delta if delta.scaling == 1.0 else LowRank(_scaled(delta.up, delta.scaling), delta.down)
+    if isinstance(delta, Hadamard):
+        first, second = factored(delta.first), factored(delta.second)
+        up = (first.up[:, :, None] * second.up[:, None, :]).reshape(first.up.shape[0], -1)
+        down = (first.down[:, None, :] * second.down[None, :, :]).reshape(-1, first.down.shape[1])
+        return LowRank(_scaled(up, delta.scaling), down)
+    if isinstance(delta, Kronecker):
+        left, right = _thin(delta.left), _thin(delta.right)
+        return LowRank(_scaled(np.kron(left.up, right.up), delta.scaling), np.kron(left.down, right.down))
+    if isinstance(delta, Dense):
+        values = _scaled(delta.values, delta.scaling)
+        rows, columns = values.shape
+        if rows <= columns:
+            return LowRank(np.eye(rows, dtype=values.dtype), values)
+        return LowRank(values, np.eye(columns, dtype=values.dtype))
+    raise Unsupported(f"{type(delta).__name__} has no factors")
+
+
+def _scaled(values: Array, scaling: float) -> Array:
+    return values if scaling == 1.0 else values * values.dtype.type(scaling)
+
+
+def _thin(side: Array) -> LowRank:
+    """One side of a Kronecker product by its own rank, without what is zero to its last digit."""
+    left, values, right = np.linalg.svd(side.astype(np.float64), full_matrices=False)
+    rank = int(np.count_nonzero(values > 8 * np.finfo(side.dtype).eps * values[:1].sum()))
+    root = np.sqrt(values[:rank])
+    return LowRank(
+        (left[:, :rank] * root).astype(side.dtype), (root[:, None] * right[:rank]).astype(side.dtype)
+    )
+
+
+def add(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
+    """Σ wᵢ Dᵢ, exactly: the factors side by side, the weights in ``up``.
+
+    >>> one = LowRank(np.ones((3, 2)), np.ones((2, 4)))
+    >>> add([(0.5, one), (2.0, one)]).up.shape
+    (3, 4)
+
+    Raises:
+        ShapeMismatch: the deltas are of different shapes.
+        ValueError: there are none.
+    """
+    if not terms:
+        raise ValueError("a sum of no deltas has no shape")
+    shape = terms[0][1].shape
+    for _, delta in terms:
+        if delta.shape != shape:
+            raise ShapeMismatch("a term of the sum", delta.shape, shape)
+    deltas = [(weight, factored(delta)) for weight, delta in terms]
+    up = np.concatenate([_scaled(delta.up, weight) for weight, delta in deltas], axis=1)
+    return LowRank(up, np.concatenate([delta.down for _, delta in deltas]))
+
+
+def inner(a: LowRank, b: LowRank) -> float:
+    """⟨A, B⟩ = tr(Aᵀ B), from Gram matrices in float64.
+
+    Raises:
+        ShapeMismatch: the deltas are of different shapes.
+    """
+    if a.shape != b.shape:
+        raise ShapeMismatch("the second delta", b.shape, a.shape)
+    ups = _double(a.up).T @ _double(b.up)
+    downs = _double(a.down) @ _double(b.down).T
+    return float(np.vdot(ups, downs)) * a.scaling * b.scaling
+
+
+def norm(delta: LowRank) -> float:
+    """The Frobenius norm, from Gram matrices; of one whose terms cancel, from its singular values."""
+    up, down = _double(delta.up), _double(delta.down)
+    ups, downs = up.T @ up, down @ down.T
+    square, apart = float(np.vdot(ups, downs)), float(np.dot(np.diagonal(ups), np.diagonal(downs)))
+    if square > _CANCELLED * apart:
+        return math.sqrt(square) * abs(delta.scaling)
+    return float(np.linalg.norm(core(delta).values)) if apart else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two deltas: their Frobenius norms, their inner product, and the norm of their difference."""
+
+    norm_a: float
+    norm_b: float
+    inner: float
+    distance: float
+
+
+def compare(a: LowRank, b: LowRank) -> Comparison:
+    """Norms, inner product and distance of two deltas, at the price of one pair of Gram matrices.
+
+    Raises:
+        ShapeMismatch: the deltas are of different shapes.
+    """
+    if a.shape != b.shape:
+        raise ShapeMismatch("the second delta", b.shape, a.shape)
+    a, b = factored(a), factored(b)
+    rank = a.up.shape[1]
+    up = np.concatenate([a.up, b.up], axis=1, dtype=np.float64)
+    down = np.concatenate([a.down, b.down], dtype=np.float64)
+    products = (up.T @ up) * (down @ down.T)
+    own, other = float(products[:rank, :rank].sum()), float(products[rank:, rank:].sum())
+    cross = float(products[:rank, rank:].sum())
+    diagonal = products.diagonal()
+    norm_a = math.sqrt(own) if own > _CANCELLED * float(diagonal[:rank].sum()) else norm(a)
+    norm_b = math.sqrt(other) if other > _CANCELLED * float(diagonal[rank:].sum()) else norm(b)
+    square = own + other - 2 * cross
+    apart = math.sqrt(square) if square > _CANCELLED * (own + other) else _small_distance(a, b)
+    return Comparison(norm_a, norm_b, cross, apart)
+
+
+def distance(a: LowRank, b: LowRank) -> float:
+    """‖A - B‖, to its own digits however close the two are.
+
+    Raises:
+        ShapeMismatch: the deltas are of different shapes.
+    """
+    return compare(a, b).distance
+
+
+def _small_distance(a: LowRank, b: LowRank) -> float:
+    """Of two deltas that nearly agree: B_a A_a - B_b A_b = (B_a - B_b) A_a + B_b (A_a - A_b), which need not cancel."""
+    if a.up.shape == b.up.shape:
+        ups = _double(a.up) - _double(b.up)
+        downs = _double(a.down) - _double(b.down)
+        if not ups.any() and not downs.any():
+            return 0.0
+        up, down = np.concatenate([ups, _double(b.up)], axis=1), np.concatenate([_double(a.down), downs])
+        products = (up.T @ up) * (down @ down.T)
+        rank, square = a.up.shape[1], float(products.sum())
+        if square > _CANCELLED * float(products[:rank, :rank].sum() + products[rank:, rank:].sum()):
+            return math.sqrt(square)
+    return float(np.linalg.norm(core(_wide(add([(1.0, _wide(a)), (-1.0, _wide(b))]))).values))
+
+
+def _wide(delta: LowRank) -> LowRank:
+    return LowRank(_double(delta.up), _double(delta.down), delta.scaling)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Core:
+    """The singular value decomposition of a delta, in the coordinates of its factors.
+
+    Attributes:
+        values: singular values, falling; float64, as many as the rank or the smaller side.
+        columns: (out, p); times ``left_map`` (p, k) the left singular vectors.
+        left_map: see there.
+        rows: (q, in); ``right_map`` (k, q) times it is the right singular vectors.
+        right_map: see there.
+        kind: the type factors are handed out in.
+    """
+
+    values: Array
+    columns: Array
+    left_map: Array
+    rows: Array
+    right_map: Array
+    kind: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.columns.shape[0], self.rows.shape[1]
+
+    def left(self, rank: int | None = None) -> Array:
+        """The first left singular vectors: (out, rank), float64."""
+        return _double(self.columns) @ self.left_map[:, :rank]
+
+    def right(self, rank: int | None = None) -> Array:
+        """The first right singular vectors: (rank, in), float64."""
+        return self.right_map[:rank] @ _double(self.rows)
+
+    def truncate(self, rank: int) -> LowRank:
+        """The nearest delta of a rank, the root of each singular value on either side; zeros beyond what there is.
+
+        Eckart and Young 1936, https://doi.org/10.1007/BF02288367.
+        """
+        kept = min(rank, self.values.size)
+        root = np.sqrt(self.values[:kept])
+        up = np.zeros((self.shape[0], rank), self.kind)
+        down = np.zeros((rank, self.shape[1]), self.kind)
+        up[:, :kept] = _double(self.columns) @ (self.left_map[:, :kept] * root)
+        down[:kept] = (root[:, None] * self.right_map[:kept]) @ _double(self.rows)
+        return LowRank(up, down)
+
+    def tail(self, rank: int) -> float:
+        """The Frobenius norm of what :meth:`truncate` leaves out."""
+        return float(np.linalg.norm(self.values[rank:]))
+
+
+def core(delta: LowRank) -> Core:
+    """Decompose a delta through its factors: O((out + in) r²).
+
+    Columns of ``up`` and rows of ``down`` are scaled to length one, so that factors of very different sizes do no harm.
+    Their Gram matrices serve while they are well conditioned, QR decompositions where they are not; where the rank
+    exceeds the smaller side, the matrix itself.
+
+    >>> found = core(LowRank(np.diag([3.0, 2.0]), np.eye(2, 5)))
+    >>> [round(float(value), 9) for value in found.values], found.truncate(1).up.shape
+    ([3.0, 2.0], (2, 1))
+    """
+    delta = factored(delta)
+    kind = np.result_type(delta.up.dtype, delta.down.dtype)
+    up, down = _double(delta.up), _double(delta.down)
+    lengths = np.sqrt(np.einsum("ij,ij->j", up, up)), np.sqrt(np.einsum("ij,ij->i", down, down))
+    used = (lengths[0] > 0) & (lengths[1] > 0)
+    if not used.all():  # rank that was only padding, or never trained
+        up, down, lengths = up[:, used], down[used], (lengths[0][used], lengths[1][used])
+    size = min(delta.up.shape[1], *delta.shape)
+    if up.shape[1] > min(delta.shape):
+        left, values, right = np.linalg.svd(up @ down, full_matrices=False)
+        found = (values, left, np.eye(values.size), right, np.eye(values.size))
+    else:
+        found = _by_grams(up, down, *lengths) or _by_qr(up, down)
+    return _padded(Core(*found, kind), size)
+
+
+_Parts = tuple["Array", "Array", "Array", "Array", "Array"]
+
+
+def _by_grams(up: Array, down: Array, up_lengths: Array, down_lengths: Array) -> _Parts | None:
+    """With up = Q L_Bᵀ c_B and downᵀ = P L_Aᵀ c_A with Cholesky factors L: the core is L_Bᵀ c_B c_A L_A."""
+    ups = _cholesky(up.T @ up / np.outer(up_lengths, up_lengths))
+    if ups is None:
+        return None
+    downs = _cholesky(down @ down.T / np.outer(down_lengths, down_lengths))
+    if downs is None:
+        return None
+    left, values, right = np.linalg.svd((ups[0].T * (up_lengths * down_lengths)) @ downs[0])
+    return values, up, (ups[1].T @ left) / up_lengths[:, None], down, (right @ downs[1]) / down_lengths
+
+
+def _cholesky(gram: Array) -> tuple[Array, Array] | None:
+    """L and its inverse; None where squaring has cost too many digits."""
+    try:
+        lower = np.linalg.cholesky(gram)
+        inverse = np.linalg.inv(lower)
+    except np.linalg.LinAlgError:
+        return None
+    condition = np.linalg.norm(lower) * np.linalg.norm(inverse)
+    return (lower, inverse) if condition < _GRAM_CONDITION else None
+
+
+def _by_qr(up: Array, down: Array) -> _Parts:
+    left_basis, left_core = np.linalg.qr(up)
+    right_basis, right_core = np.linalg.qr(down.T)
+    left, values, right = np.linalg.svd(left_core @ right_core.T)
+    return values, left_basis, left, right_basis.T, right
+
+
+def _padded(found: Core, size: int) -> Core:
+    """The same with as many singular values as the rank: the missing ones are zero, and so are their vectors."""
+    missing = size - found.values.size
+    if missing <= 0:
+        return found
+    return Core(
+        np.pad(found.values, (0, missing)),
+        found.columns,
+        np.pad(found.left_map, ((0, 0), (0, missing))),
+        found.rows,
+        np.pad(found.right_map, ((0, missing), (0, 0))),
+        found.kind,
+    )
+
+
+def overlap(a: Core, b: Core, i: int, j: int, side: Side = "left") -> float:
+    """How much of the first ``i`` singular directions of one lies in the first ``j`` of the other: 0 to 1.
+
+    φ(i, j) = ‖U_iᵀ V_j‖² / min(i, j), section 7 of the LoRA paper. Of random subspaces it is max(i, j) / dimension.
+    """
+    cosines = _cosines(a, b, i, j, side)
+    return float(np.sum(cosines**2)) / max(1, min(i, j))
+
+
+def angles(a: Core, b: Core, i: int, j: int, side: Side = "left") -> Array:
+    """Principal angles between the first ``i`` and ``j`` singular directions, in radians, rising: (min(i, j),).
+
+    Small ones are accurate to about 1e-8, the root of float64's precision.
+    """
+    values = np.linalg.svd(_cosines(a, b, i, j, side), compute_uv=False)
+    return np.arccos(np.clip(values, 0.0, 1.0))
+
+
+def _cosines(a: Core, b: Core, i: int, j: int, side: Side) -> Array:
+    if side == "left":
+        return a.left(i).T @ b.left(j)
+    return a.right(i) @ b.right(j).T
+
+
+def _double(values: Array) -> Array:
+    return values.astype(np.float64, copy=False)

@@ -1,0 +1,156 @@
+"""A module as the plain matrices it adds to its weight, one or one an expert, and such matrices as a module."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+from loratools.adapter import Module, flat_shape
+from loratools.errors import InputError, Unsupported
+from loratools.tensors.base import TensorRef
+from loratools.tensors.memory import MemorySource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loratools.deltas.base import Delta
+    from loratools.deltas.lowrank import LowRank
+    from loratools.dtypes import Array
+
+__all__ = ["bias_delta", "lora_module", "matrices", "module_cost", "require_delta"]
+
+_WAYS_OUT = {
+    "dora": "merge it into the base, and extract a LoRA from the two",
+    "ia3": "it multiplies the weight; merge it into the base, and extract a LoRA from the two",
+}
+_INITIALISED = "loratools normalize --base BASE makes a plain adapter of it"
+
+
+def require_delta(name: str, module: Module) -> None:
+    """Refuse a module that does not add a fixed matrix to its weight.
+
+    Raises:
+        Unsupported: with the module, its kind, and the way out.
+    """
+    if module.is_delta:
+        return
+    if init := module.options.get("init"):
+        raise Unsupported(f"{name} starts from a part of its base ({init})", hint=_INITIALISED)
+    raise Unsupported(
+        f"{name} is {module.kind}, which is not a plain sum",
+        hint=_WAYS_OUT.get(module.kind, _WAYS_OUT["dora"]),
+    )
+
+
+def matrices(module: Module, name: str, *, double: bool | None = None) -> tuple[LowRank, ...]:
+    """The matrices a module adds, as factors with the scaling inside ``up``: one, or one an expert.
+
+    Args:
+        module: a plain sum.
+        name: of it, for messages.
+        double: factors in float64; by default where the file holds such.
+
+    Returns:
+        Each (out, rank) and (rank, in), a convolution's kernel flattened into ``in``.
+
+    Raises:
+        Unsupported: it is not a plain sum, or nothing says its scaling.
+        InputError: a factor holds NaN or infinite values.
+    """
+    import numpy as np
+
+    from loratools.deltas.algebra import factored
+    from loratools.deltas.lowrank import LowRank, expert
+
+    require_delta(name, module)
+    if double is None:
+        double = any(ref.spec.dtype.name == "F64" for ref in module.tensors.values())
+    if (count := module.options.get("experts", 1)) == 1:
+        wide = (
+            double or module.kind == "lokr"
+        )  # a side multiplied out in float32 would seem to have full rank
+        found = _finite(name, module, factored(cast("Delta", module.load(double=wide))))
+        kind = np.float64 if double else np.float32
+        return (LowRank(found.up.astype(kind, copy=False), found.down.astype(kind, copy=False)),)
+    if module.scaling is None:
+        raise Unsupported(f"nothing says how {name} is scaled", hint="pass its adapter_config.json")
+    packed = _finite(name, module, LowRank(module.array("up", double), module.array("down", double)))
+    blockwise = module.options.get("blockwise", False)
+    parts = (expert(packed.up, packed.down, index, count, blockwise=blockwise) for index in range(count))
+    return tuple(factored(LowRank(up, down, module.scaling)) for up, down in parts)
+
+
+def bias_delta(module: Module) -> Array | None:
+    """What a module adds to the bias beside its weight, scaled: (out,); None where it adds nothing."""
+    if module.kind != "lora" or "up_bias" not in module.tensors:
+        return None
+    values: Array = module.load("bias").rows(0, module.shape[0]).reshape(-1)  # type: ignore[attr-defined]
+    return values
+
+
+def lora_module(
+    like: Module,
+    factors: Sequence[LowRank],
+    *,
+    prefix: str,
+    bias: Array | None = None,
+) -> Module:
+    """A plain LoRA module in memory: alpha is the rank, the scaling 1.
+
+    Args:
+        like: a module of the same weight, whose shape and place (embedding, convolution, experts) it takes over.
+        factors: one delta, or one an expert; smaller ranks are padded with zeros.
+        prefix: of the names its tensors get.
+        bias: what is added to the bias, (out,).
+
+    >>> import numpy as np
+    >>> from loratools.deltas.lowrank import LowRank
+    >>> like = Module("lora", {}, 1, 1.0, 1.0, (8, 3, 5, 5))
+    >>> made = lora_module(like, [LowRank(np.ones((8, 2)), np.ones((2, 75)))], prefix="conv")
+    >>> {role: ref.shape for role, ref in made.tensors.items()}
+    {'down': (2, 3, 5, 5), 'up': (8, 2, 1, 1)}
+    """
+    import numpy as np
+
+    count = len(factors)
+    rank = max(factor.up.shape[1] for factor in factors)
+    out, into = flat_shape(like.shape)
+    kind = np.result_type(*(factor.up.dtype for factor in factors))
+    up, down = np.zeros((out, rank * count), kind), np.zeros((count * rank, into), kind)
+    for index, factor in enumerate(factors):
+        own = factor.up.shape[1]
+        up[:, index : own * count : count] = (
+            factor.up if factor.scaling == 1.0 else factor.up * factor.scaling
+        )
+        down[index * rank : index * rank + own] = factor.down
+    kernel = like.shape[2:]
+    arrays = {"down": down.reshape(-1, *like.shape[1:]), "up": up.reshape(*up.shape, *(1 for _ in kernel))}
+    if bias is not None:
+        arrays["up_bias"] = np.asarray(bias, kind)
+    source = MemorySource({f"{prefix}.{role}": values for role, values in arrays.items()})
+    options: dict[str, Any] = {
+        key: like.options[key] for key in ("embedding", "experts") if key in like.options
+    }
+    refs = {role: TensorRef(source, f"{prefix}.{role}") for role in arrays}
+    return Module("lora", refs, rank, float(rank), 1.0, like.shape, options)
+
+
+def module_cost(like: Module) -> int:
+    """Parameters that one unit of rank costs, over all experts."""
+    out, into = like.shape[0], prod(like.shape[1:])
+    experts: int = like.options.get("experts", 1)
+    return (out + into) * experts
+
+
+def _finite(name: str, module: Module, factors: LowRank) -> LowRank:
+    """The factors, unless a value of theirs is not finite."""
+    import numpy as np
+
+    flat = (values.reshape(-1) for values in (factors.up, factors.down))
+    if all(np.isfinite(np.dot(one, one)) or np.isfinite(one).all() for one in flat):
+        return factors
+    bad = [ref.name for ref in module.tensors.values() if not np.isfinite(ref.load()).all()]
+    raise InputError(
+        f"{name}: {bad[0] if bad else 'the scaled delta'} holds values that are not finite",
+        hint="loratools validate lists them",
+    )
