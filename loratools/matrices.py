@@ -147,8 +147,9 @@ def _finite(name: str, module: Module, factors: LowRank) -> LowRank:
     import numpy as np
 
     flat = (values.reshape(-1) for values in (factors.up, factors.down))
-    if all(np.isfinite(np.dot(one, one)) or np.isfinite(one).all() for one in flat):
-        return factors
+    with np.errstate(over="ignore", invalid="ignore"):
+        if all(np.isfinite(np.dot(one, one)) or np.isfinite(one).all() for one in flat):
+            return factors
     bad = [ref.name for ref in module.tensors.values() if not np.isfinite(ref.load()).all()]
     raise InputError(
         f"{name}: {bad[0] if bad else 'the scaled delta'} holds values that are not finite",
