@@ -19,18 +19,20 @@ test:
 	$(PYTHON) -m pytest -q --cov --cov-report=term --cov-fail-under=90
 
 docs:
-	$(PYTHON) -m cogapp --check docs/cli.md docs/errors.md docs/findings.md
+	$(PYTHON) -m cogapp --check docs/cli.md docs/errors.md docs/findings.md docs/methods.md
 	$(PYTHON) -m sphinx -W -q -b html docs docs/_build/html
 
 cog:
-	$(PYTHON) -m cogapp -r docs/cli.md docs/errors.md docs/findings.md
+	$(PYTHON) -m cogapp -r docs/cli.md docs/errors.md docs/findings.md docs/methods.md
 
 bench-smoke:
 	$(PYTHON) benchmarks/merge.py --smoke
+	$(PYTHON) benchmarks/algebra.py --smoke
 
 bench:
 	$(PYTHON) benchmarks/merge.py
 	$(PYTHON) benchmarks/startup.py
+	$(PYTHON) benchmarks/algebra.py --peers
 
 slow:
 	$(PYTHON) -m pytest -q -m slow

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratools.errors import ShapeMismatch, Unsupported
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping
 
     from loratools.deltas.base import Delta, Update
     from loratools.deltas.lowrank import LowRank
     from loratools.dtypes import Array
     from loratools.tensors.base import TensorRef
+    from loratools.verbs.saving import SaveReport
 
 __all__ = ["Adapter", "AdapterConfig", "Extra", "ExtraRole", "Module", "Part", "flat_shape", "require_shape"]
 
@@ -152,6 +154,23 @@ class Adapter:
         if self.refusal is not None:
             reason, way_out = self.refusal
             raise Unsupported(f"{self.name}: {reason}", hint=way_out)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str = "peft",  # noqa: A002 - what the command line calls it
+        dtype: object = None,
+        force: bool = False,
+        sync: bool = True,
+    ) -> SaveReport:
+        """Write the adapter: a folder, or one file where ``path`` ends in ``.safetensors``.
+
+        Arguments and errors are those of :func:`loratools.verbs.saving.save`.
+        """
+        from loratools.verbs.saving import save
+
+        return save(self, path, format=format, dtype=dtype, force=force, sync=sync)
 
 
 def _low_rank(module: Module, double: bool) -> LowRank:

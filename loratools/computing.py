@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratools.arrays import has_double
+from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
 from loratools.dtypes import accumulator, largest, narrow, numpy_dtype, widen
 from loratools.errors import NonFinite, ShapeMismatch
@@ -161,6 +163,8 @@ class _Placed:
 def _load(step: WeightStep, contribution: Contribution, double: bool) -> list[_Placed]:
     columns = step.columns
     placed = [_load_term(term, step.region_rows, columns, double) for term in contribution.terms]
+    if step.device != "cpu" and (not double or has_double(step.device)):
+        placed = [_moved(one, step.device) for one in placed]
     whole = (slice(0, step.region_rows, 1), slice(0, columns, 1))
     if contribution.replacement is not None:
         from loratools.deltas.full import Replacement
@@ -178,6 +182,12 @@ def _load(step: WeightStep, contribution: Contribution, double: bool) -> list[_P
         update = Rows(np.asarray(contribution.rows.indices), values, (step.region_rows, columns))
         placed.append(_Placed(update, *whole, is_delta=False))
     return placed
+
+
+def _moved(placed: _Placed, device: str) -> _Placed:
+    """Plain low-rank factors, which are multiplied on the device; whatever else there is stays with numpy."""
+    update = placed.update
+    return replace(placed, update=update.on(device)) if isinstance(update, LowRank) else placed
 
 
 def _load_term(term: Term, height: int, width: int, double: bool) -> _Placed:

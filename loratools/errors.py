@@ -7,6 +7,8 @@ something to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AmbiguousFormat",
     "BadConfig",
@@ -71,6 +73,18 @@ class LoratoolsError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(printable(message))
         self.hint = None if hint is None else printable(hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its sentence and its facts: the classes take different arguments to make theirs."""
+        return (_again, (type(self), self.args), self.__dict__.copy())
+
+
+def _again(kind: type[LoratoolsError], said: tuple[Any, ...]) -> LoratoolsError:
+    # The two builtins that make all others of these; a class of several bases may name one that cannot make it.
+    maker = OSError if issubclass(kind, OSError) else Exception
+    error: LoratoolsError = maker.__new__(kind, *said)
+    error.args = said
+    return error
 
 
 class InputError(LoratoolsError):

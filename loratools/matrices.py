@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from loratools.adapter import Module, flat_shape
+from loratools.adapter import Module
 from loratools.errors import InputError, Unsupported
 from loratools.tensors.base import TensorRef
 from loratools.tensors.memory import MemorySource
@@ -42,13 +42,16 @@ def require_delta(name: str, module: Module) -> None:
     )
 
 
-def matrices(module: Module, name: str, *, double: bool | None = None) -> tuple[LowRank, ...]:
+def matrices(
+    module: Module, name: str, *, double: bool | None = None, fold: bool = True
+) -> tuple[LowRank, ...]:
     """The matrices a module adds, as factors with the scaling inside ``up``: one, or one an expert.
 
     Args:
         module: a plain sum.
         name: of it, for messages.
         double: factors in float64; by default where the file holds such.
+        fold: put the scaling inside ``up``; without it a LoRA's factors are those stored, the scaling beside them.
 
     Returns:
         Each (out, rank) and (rank, in), a convolution's kernel flattened into ``in``.
@@ -69,15 +72,19 @@ def matrices(module: Module, name: str, *, double: bool | None = None) -> tuple[
         wide = (
             double or module.kind == "lokr"
         )  # a side multiplied out in float32 would seem to have full rank
-        found = _finite(name, module, factored(cast("Delta", module.load(double=wide))))
+        loaded = cast("Delta", module.load(double=wide))
+        stored = not fold and isinstance(loaded, LowRank)
+        found = _finite(name, module, cast("LowRank", loaded) if stored else factored(loaded))
         kind = np.float64 if double else np.float32
-        return (LowRank(found.up.astype(kind, copy=False), found.down.astype(kind, copy=False)),)
+        up, down = (values.astype(kind, copy=False) for values in (found.up, found.down))
+        return (LowRank(up, down, found.scaling),)
     if module.scaling is None:
         raise Unsupported(f"nothing says how {name} is scaled", hint="pass its adapter_config.json")
     packed = _finite(name, module, LowRank(module.array("up", double), module.array("down", double)))
     blockwise = module.options.get("blockwise", False)
     parts = (expert(packed.up, packed.down, index, count, blockwise=blockwise) for index in range(count))
-    return tuple(factored(LowRank(up, down, module.scaling)) for up, down in parts)
+    found_parts = (LowRank(up, down, module.scaling) for up, down in parts)
+    return tuple(factored(part) if fold else part for part in found_parts)
 
 
 def bias_delta(module: Module) -> Array | None:
@@ -112,27 +119,37 @@ def lora_module(
     """
     import numpy as np
 
-    count = len(factors)
     rank = max(factor.up.shape[1] for factor in factors)
-    out, into = flat_shape(like.shape)
-    kind = np.result_type(*(factor.up.dtype for factor in factors))
-    up, down = np.zeros((out, rank * count), kind), np.zeros((count * rank, into), kind)
-    for index, factor in enumerate(factors):
-        own = factor.up.shape[1]
-        up[:, index : own * count : count] = (
-            factor.up if factor.scaling == 1.0 else factor.up * factor.scaling
-        )
-        down[index * rank : index * rank + own] = factor.down
+    up, down = _packed(factors, rank)
     kernel = like.shape[2:]
     arrays = {"down": down.reshape(-1, *like.shape[1:]), "up": up.reshape(*up.shape, *(1 for _ in kernel))}
     if bias is not None:
-        arrays["up_bias"] = np.asarray(bias, kind)
+        arrays["up_bias"] = np.asarray(bias, up.dtype)
     source = MemorySource({f"{prefix}.{role}": values for role, values in arrays.items()})
     options: dict[str, Any] = {
         key: like.options[key] for key in ("embedding", "experts") if key in like.options
     }
     refs = {role: TensorRef(source, f"{prefix}.{role}") for role in arrays}
     return Module("lora", refs, rank, float(rank), 1.0, like.shape, options)
+
+
+def _packed(factors: Sequence[LowRank], rank: int) -> tuple[Array, Array]:
+    """The factors of all experts in PEFT's packing: (out, rank * experts), expert fastest, and (experts * rank, in)."""
+    import numpy as np
+
+    from loratools.deltas.algebra import factored
+
+    plain, count = [factored(factor) for factor in factors], len(factors)
+    kind = np.result_type(*(factor.up.dtype for factor in plain))
+    if count == 1:
+        return np.ascontiguousarray(plain[0].up, kind), np.ascontiguousarray(plain[0].down, kind)
+    out, into = plain[0].shape
+    up, down = np.zeros((out, rank * count), kind), np.zeros((count * rank, into), kind)
+    for index, factor in enumerate(plain):
+        own = factor.up.shape[1]
+        up[:, index : own * count : count] = factor.up
+        down[index * rank : index * rank + own] = factor.down
+    return up, down
 
 
 def module_cost(like: Module) -> int:

@@ -79,6 +79,7 @@ class WeightStep:
         stop: one past its last.
         block_rows: rows worked on at once.
         peak_bytes: memory needed while it runs.
+        device: where the products of factors are computed (see :mod:`loratools.arrays`).
     """
 
     name: str
@@ -94,6 +95,7 @@ class WeightStep:
     stop: int
     block_rows: int
     peak_bytes: int
+    device: str = "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +105,7 @@ class WeightStep:
     @property
     def accumulator(self) -> Dtype:
         """The type sums are taken in: float32 as PEFT takes them, float64 where PEFT rounds twice and is no guide."""
-        return _accumulator(self.spec, self.contributions)
+        return _accumulator(self.spec, self.base, self.contributions)
 
     @property
     def sampled(self) -> bool:
@@ -184,18 +186,18 @@ class Plan:
         """Bytes of weights, with headers."""
         return sum(file.size for file in self.files)
 
-    def peak_bytes(self, jobs: int) -> int:
-        """Memory needed with this many workers, in bytes."""
+    def peak_bytes(self, jobs: int, *, apart: bool = False) -> int:
+        """Memory needed with this many workers, in bytes; ``apart`` where each is a process of its own."""
         heaviest = sorted((step.peak_bytes for step in self.steps), reverse=True)[:jobs]
-        return RUNTIME_BYTES + sum(heaviest)
+        return RUNTIME_BYTES * (1 + apart * jobs) + sum(heaviest)
 
-    def require_memory(self, allowed: int | None, jobs: int) -> None:
+    def require_memory(self, allowed: int | None, jobs: int, *, apart: bool = False) -> None:
         """Check the budget before anything is read.
 
         Raises:
             OverBudget: more is needed than ``allowed`` bytes.
         """
-        needed = self.peak_bytes(jobs)
+        needed = self.peak_bytes(jobs, apart=apart)
         if allowed is not None and needed > allowed:
             heaviest = max(self.steps, key=lambda step: step.peak_bytes)
             name = heaviest.name if isinstance(heaviest, WeightStep) else heaviest.names[0]
@@ -228,7 +230,16 @@ def _described(step: Step) -> tuple[Any, ...]:
         for c in step.contributions
     ]
     base = None if step.base is None else step.base.name
-    place = (step.name, step.file, step.offset, step.region, step.start, step.stop, step.block_rows)
+    place = (
+        step.name,
+        step.file,
+        step.offset,
+        step.region,
+        step.start,
+        step.stop,
+        step.block_rows,
+        step.device,
+    )
     return ("weight", *place, base, changes)
 
 
@@ -253,13 +264,16 @@ class Output:
 
 
 def plan_steps(
-    outputs: Mapping[str, Iterable[Output]], metadata: Mapping[str, Mapping[str, str]]
+    outputs: Mapping[str, Iterable[Output]],
+    metadata: Mapping[str, Mapping[str, str]],
+    device: str = "cpu",
 ) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
     """Lay out the files and cut the work into steps.
 
     Args:
         outputs: by file name, in the order of their bytes.
         metadata: by file name.
+        device: where the products of factors are computed.
     """
     files: list[OutputFile] = []
     steps: list[Step] = []
@@ -268,11 +282,11 @@ def plan_steps(
         header, offsets = layout(((t.name, t.spec) for t in listed), metadata.get(name, {}))
         size = len(header) + sum(t.spec.nbytes for t in listed)
         files.append(OutputFile(name, header, size))
-        steps.extend(_steps(number, listed, offsets))
+        steps.extend(_steps(number, listed, offsets, device))
     return tuple(files), tuple(steps)
 
 
-def _steps(file: int, outputs: list[Output], offsets: Mapping[str, int]) -> Iterator[Step]:
+def _steps(file: int, outputs: list[Output], offsets: Mapping[str, int], device: str) -> Iterator[Step]:
     run: list[Output] = []
     for output in outputs:
         if output.is_copy and (not run or _adjoins(run[-1], output)):
@@ -281,7 +295,7 @@ def _steps(file: int, outputs: list[Output], offsets: Mapping[str, int]) -> Iter
         yield from _copies(file, run, offsets)
         run = [output] if output.is_copy else []
         if not output.is_copy:
-            yield from _weight_steps(file, output, offsets[output.name])
+            yield from _weight_steps(file, output, offsets[output.name], device)
     yield from _copies(file, run, offsets)
 
 
@@ -305,7 +319,7 @@ def _copies(file: int, run: list[Output], offsets: Mapping[str, int]) -> Iterato
         yield CopyStep(names, file, start + skip, source, skip, min(COPY_BYTES, total - skip))
 
 
-def _weight_steps(file: int, output: Output, offset: int) -> Iterator[WeightStep]:
+def _weight_steps(file: int, output: Output, offset: int, device: str) -> Iterator[WeightStep]:
     if output.spec.count == 0:
         return
     _require_floats(output)
@@ -324,7 +338,7 @@ def _weight_steps(file: int, output: Output, offset: int) -> Iterator[WeightStep
             stop = min(start + height, region + region_rows)
             yield WeightStep(
                 output.name, file, offset, output.spec, output.base, contributions, columns,
-                region, region_rows, start, stop, block, peak,
+                region, region_rows, start, stop, block, peak, device,
             )  # fmt: skip
 
 
@@ -357,9 +371,11 @@ def _regions(output: Output) -> Iterator[tuple[int, int, int, tuple[Contribution
         yield index * height, height, columns, mine
 
 
-def _accumulator(spec: TensorSpec, contributions: tuple[Contribution, ...]) -> Dtype:
+def _accumulator(spec: TensorSpec, base: TensorRef | None, contributions: tuple[Contribution, ...]) -> Dtype:
+    """See :attr:`WeightStep.accumulator`; float64 for a base in it too, which must not be rounded twice."""
     modules = (term.module for c in contributions for term in c.terms)
     wide = any(module.kind == "lora" and "embedding" in module.options for module in modules)
+    wide = wide or (base is not None and base.spec.dtype.name == "F64")
     return dtype("F64") if wide else accumulator(spec.dtype)
 
 
@@ -367,7 +383,7 @@ def _peak_bytes(
     output: Output, contributions: tuple[Contribution, ...], block: int, columns: int, *, rowwise: bool
 ) -> int:
     """Buffers of one block, and the factors, which are held in float."""
-    width = _accumulator(output.spec, contributions).bits // 8
+    width = _accumulator(output.spec, output.base, contributions).bits // 8
     copies = 4 if all(c.is_sum for c in contributions) else 6
     factors = sum(
         ref.spec.count * width for c in contributions for t in c.terms for ref in t.module.tensors.values()
@@ -376,7 +392,7 @@ def _peak_bytes(
     return block * columns * width * copies + 2 * factors + whole + (1 << 20)
 
 
-def describe(plan: Plan, jobs: int) -> dict[str, Any]:
+def describe(plan: Plan, jobs: int, *, apart: bool = False) -> dict[str, Any]:
     """The plan in numbers, for ``--dry-run``."""
     weights = {step.name for step in plan.steps if isinstance(step, WeightStep)}
     copied = sum(step.nbytes for step in plan.steps if isinstance(step, CopyStep))
@@ -386,6 +402,6 @@ def describe(plan: Plan, jobs: int) -> dict[str, Any]:
         "tensors_computed": len(weights),
         "bytes_copied": copied,
         "bytes_written": plan.bytes_written,
-        "peak_memory": plan.peak_bytes(jobs),
+        "peak_memory": plan.peak_bytes(jobs, apart=apart),
         "jobs": jobs,
     }

@@ -9,16 +9,26 @@ import contextlib
 import errno
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.errors import Incomplete, LoratoolsError, OutputExists
 from loratools.provenance import made_by_loratools
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["allocate", "disk_errors", "in_the_way", "recover", "remove", "set_aside", "standing", "swap"]
+__all__ = [
+    "allocate",
+    "disk_errors",
+    "in_the_way",
+    "recover",
+    "remove",
+    "require_place",
+    "set_aside",
+    "standing",
+    "swap",
+]
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -32,6 +42,49 @@ def standing(output: Path) -> Path | None:
     """Where an existing output lies: under its name, or aside where a replacement was cut short; None if nowhere."""
     old = set_aside(output)[1]
     return next((path for path in (output, old) if os.path.lexists(path)), None)
+
+
+def require_place(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse an output that would touch an input, or something loratools did not make.
+
+    Args:
+        output: the folder or file to be made.
+        inputs: what is read for it.
+        force: an output that loratools made may be replaced.
+
+    Raises:
+        OutputExists: the path, and what is in its way.
+    """
+    if output.name in {"", ".."}:  # the current folder, its parent or a root, however it was spelled
+        raise OutputExists(f"{output} exists", hint="give the result a name of its own")
+    for path in inputs:
+        if any(_overlap(one, path) for one in (output, *set_aside(output))):
+            raise OutputExists(
+                f"the output {output} and the input {path} overlap",
+                hint="give the result a place of its own",
+            )
+    found = standing(output)
+    if found is None:
+        return
+    if not force and found != output:
+        raise OutputExists(
+            f"{output} was being replaced when a run was cut short, and its old state is in {found}",
+            hint="--force goes on and replaces it; renaming it back keeps it",
+        )
+    if not force:
+        raise OutputExists(f"{output} exists", hint="--force replaces it, if loratools made it")
+    if not made_by_loratools(found):
+        raise OutputExists(
+            f"{output} exists and was not made by loratools", hint="remove it by hand if it may go"
+        )
+
+
+def _overlap(output: Path, given: Path) -> bool:
+    """Whether one of two paths is the other or lies in it, as they are spelled or where their links lead."""
+    if output.exists() and given.exists() and output.samefile(given):
+        return True
+    outputs, inputs = ({Path(os.path.abspath(p)), p.resolve()} for p in (output, given))  # noqa: PTH100
+    return any(o == i or o in i.parents or i in o.parents for o in outputs for i in inputs)
 
 
 def in_the_way(path: Path) -> OutputExists:

@@ -9,10 +9,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from loratools.errors import LoratoolsError
+from loratools.errors import LoratoolsError, Unsupported
+from loratools.executors.base import process_peak
 from loratools.planning import CopyStep, WeightStep
 
 if TYPE_CHECKING:
@@ -22,19 +22,21 @@ if TYPE_CHECKING:
     from loratools.computing import Survival
     from loratools.dtypes import Array
     from loratools.executors.base import Executor
+    from loratools.models import BaseModel
     from loratools.planning import Plan, Step
 
-__all__ = ["RunResult", "Sink", "default_jobs", "gather", "one_blas_thread", "peak_memory", "quiet", "run"]
+__all__ = [
+    "RunResult", "Sink", "Writer", "default_jobs", "gather", "one_blas_thread", "peak_memory", "quiet",
+    "require_files", "run",
+]  # fmt: skip
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Measure = Literal["none", "first", "all"]
 
 
-class Sink(Protocol):
-    """Where a plan's bytes go."""
-
-    done: set[int]
+class Writer(Protocol):
+    """What a step writes with."""
 
     def write(self, step: WeightStep, start: int, raw: Array) -> None:
         """Rows of a weight, rounded, from row ``start``. ``raw`` is reused by the next call."""
@@ -42,6 +44,16 @@ class Sink(Protocol):
 
     def copy(self, step: CopyStep) -> None:
         """A run of bytes from the base."""
+        ...
+
+
+class Sink(Writer, Protocol):
+    """Where a plan's bytes go."""
+
+    done: set[int]
+
+    def writer(self) -> Writer:
+        """What another process writes with: it pickles, and counts nothing."""
         ...
 
     def finish(self, index: int, step: Step) -> None:
@@ -97,21 +109,19 @@ def run(
     resumed = len(plan.steps) - len(todo)
     seen_at: dict[int, Survival] = {}
 
-    def work(item: tuple[int, Step]) -> tuple[int, Survival | None]:
-        index, step = item
-        if isinstance(step, CopyStep):
-            sink.copy(step)
-            seen = None
-        else:
+    def here(item: tuple[int, Step]) -> tuple[int, Survival | None]:
+        if isinstance(item[1], WeightStep):
             blas.limit()
-            with quiet():
-                seen = _compute(step, sink, measure)
-        sink.finish(index, step)
-        return index, seen
+        done = _work(item, sink, measure)
+        sink.finish(*item)
+        return done
 
     try:
         with _Blas() as blas:
+            work = partial(_work, writer=sink.writer(), measure=measure) if executor.remote else here
             for index, seen in executor.map(work, _in_order(todo, executor.jobs)):
+                if executor.remote:
+                    sink.finish(index, plan.steps[index])
                 if seen is not None:
                     seen_at[index] = seen
                 if on_step is not None:
@@ -156,7 +166,17 @@ def _numbered(function: Callable[[Item], Result], numbered: tuple[int, Item]) ->
         return numbered[0], function(numbered[1])
 
 
-def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:
+def _work(item: tuple[int, Step], writer: Writer, measure: Measure) -> tuple[int, Survival | None]:
+    """One step, in whatever thread or process it falls to."""
+    index, step = item
+    if isinstance(step, CopyStep):
+        writer.copy(step)
+        return index, None
+    with quiet():
+        return index, _compute(step, writer, measure)
+
+
+def _compute(step: WeightStep, writer: Writer, measure: Measure) -> Survival | None:
     """Compute a step's blocks and write them in stripes: fewer, longer writes hold up other workers less."""
     import numpy as np
 
@@ -168,7 +188,7 @@ def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:
     for block in blocks(step, keep_before=measure):
         count = step.spec.dtype.nbytes(block.values.size)
         if filled + count > gathered.size:
-            sink.write(step, start, gathered[:filled])
+            writer.write(step, start, gathered[:filled])
             filled, start = 0, block.start
         raw = round_block(step, block, gathered[filled : filled + count])
         filled += count
@@ -177,7 +197,7 @@ def _compute(step: WeightStep, sink: Sink, measure: Measure) -> Survival | None:
             head = raw[: step.spec.dtype.nbytes(block.before.size)]
             rounded = widen(head, step.spec.dtype, np.empty(block.before.size, block.values.dtype))
             seen.add(block, rounded.reshape(block.before.shape))
-    sink.write(step, start, gathered[:filled])
+    writer.write(step, start, gathered[:filled])
     return seen
 
 
@@ -236,6 +256,19 @@ def _by_weight(plan: Plan, seen_at: dict[int, Survival]) -> dict[str, Survival]:
     return total
 
 
+def require_files(executor: Executor, model: BaseModel) -> None:
+    """Refuse a model in memory where the workers are other processes, which share nothing but files.
+
+    Raises:
+        Unsupported: with the name of the model.
+    """
+    if executor.remote and model.kind == "memory":
+        raise Unsupported(
+            f"executor 'processes' cannot read {model.name}: its workers share nothing but files",
+            hint="use threads, or give a path",
+        )
+
+
 def quiet() -> contextlib.AbstractContextManager[Any]:
     """No warnings from numpy in this thread: values that are not finite are looked for and named elsewhere."""
     import numpy as np
@@ -259,19 +292,11 @@ def default_jobs() -> int:
     return min(available, 4)
 
 
-def peak_memory() -> int | None:
-    """Most memory this process has held so far, in bytes; None where the system does not say."""
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # Linux: rusage would count the process this one was forked from
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    import sys
+def peak_memory(executor: Executor | None = None) -> int | None:
+    """Most memory this process has held so far, in bytes; None where the system does not say.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    With an executor whose workers are processes, what each of them has held at most is added: no less than the peak
+    of all together.
+    """
+    own = process_peak()
+    return own if own is None or executor is None else own + executor.peak_memory

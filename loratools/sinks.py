@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from loratools.errors import Incomplete, size
+from loratools.errors import Incomplete, Unsupported, size
 from loratools.journal import JOURNAL, Journal, Progress, read_journal
 from loratools.planning import CopyStep
 from loratools.provenance import made_by_loratools
@@ -22,13 +22,14 @@ from loratools.tensors.header import parse_header
 from loratools.tensors.memory import from_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from loratools.dtypes import Array
     from loratools.planning import Plan, Step, WeightStep
     from loratools.tensors.base import TensorSpec
 
-__all__ = ["FileSink", "MemorySink"]
+__all__ = ["FileSink", "FileWriter", "MemorySink"]
 
 
 class FileSink:
@@ -145,23 +146,23 @@ class FileSink:
         self._remove_part()
         return Progress()
 
+    def writer(self) -> FileWriter:
+        """What other processes write with."""
+        return FileWriter(self.part, tuple(file.path for file in self.files))
+
     def write(self, step: WeightStep, start: int, raw: Array) -> None:
         """Write some rows of a weight."""
-        offset = step.offset + step.spec.dtype.nbytes(start * step.columns)
         with disk_errors(self.part):
-            self.files[step.file].write(raw.data, offset)
+            _write_rows(self.files[step.file], step, start, raw)
 
     def copy(self, step: CopyStep) -> None:
         """Copy a run of bytes from the base."""
-        extent = step.source.source.extent(step.source.name)
         with disk_errors(self.part):
-            if extent is None:
-                raw = step.source.source.read_bytes(step.source.name)[step.skip : step.skip + step.nbytes]
-                self.files[step.file].write(raw.data, step.offset)
-                return
-            with self._lock:
-                source = self._sources.setdefault(extent.path, File(extent.path))
-            copy_range(source, extent.offset + step.skip, self.files[step.file], step.offset, step.nbytes)
+            _copy_run(self.files[step.file], step, self._source)
+
+    def _source(self, path: str) -> File:
+        with self._lock:
+            return self._sources.setdefault(path, File(path))
 
     def finish(self, index: int, step: Step) -> None:
         """Note that a step's bytes are written; start on the disk with them, and wait for it when the file is whole."""
@@ -258,6 +259,57 @@ class FileSink:
         self._journal_path().unlink(missing_ok=True)
 
 
+class FileWriter:
+    """Writes into files that a :class:`FileSink` of another process has made, one step after another.
+
+    It pickles as their paths, and holds one of them open at a time, and one to copy from: a checkpoint may have more
+    shards than a process may have open files.
+
+    Args:
+        part: what the sink is writing, for messages.
+        paths: of its files, in the plan's order.
+    """
+
+    def __init__(self, part: Path, paths: tuple[str, ...]) -> None:
+        self.part = part
+        self.paths = paths
+        self._opened: dict[bool, File] = {}  # by whether it is written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (FileWriter, (self.part, self.paths))
+
+    def write(self, step: WeightStep, start: int, raw: Array) -> None:
+        """Write some rows of a weight."""
+        with disk_errors(self.part):
+            _write_rows(self._open(self.paths[step.file], write=True), step, start, raw)
+
+    def copy(self, step: CopyStep) -> None:
+        """Copy a run of bytes from the base."""
+        with disk_errors(self.part):
+            _copy_run(self._open(self.paths[step.file], write=True), step, self._open)
+
+    def _open(self, path: str, *, write: bool = False) -> File:
+        file = self._opened.get(write)
+        if file is None or file.path != path:
+            if file is not None:
+                file.close()
+            file = self._opened[write] = File(path, write=write)
+        return file
+
+
+def _write_rows(file: File, step: WeightStep, start: int, raw: Array) -> None:
+    file.write(raw.data, step.offset + step.spec.dtype.nbytes(start * step.columns))
+
+
+def _copy_run(file: File, step: CopyStep, source: Callable[[str], File]) -> None:
+    extent = step.source.source.extent(step.source.name)
+    if extent is None:
+        raw = step.source.source.read_bytes(step.source.name)[step.skip : step.skip + step.nbytes]
+        file.write(raw.data, step.offset)
+    else:
+        copy_range(source(extent.path), extent.offset + step.skip, file, step.offset, step.nbytes)
+
+
 class MemorySink:
     """Tensors in memory, of the kind the base came in."""
 
@@ -275,6 +327,17 @@ class MemorySink:
             self.specs.update(specs)
             self.raw.update((name, np.empty(spec.nbytes, np.uint8)) for name, spec in specs.items())
             self._left += file.size - len(file.header)
+
+    def writer(self) -> FileWriter:
+        """Nothing another process writes would arrive here.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(
+            "executor 'processes' cannot make a result in memory: its workers share nothing but files",
+            hint="use threads, or give the result a path",
+        )
 
     def write(self, step: WeightStep, start: int, raw: Array) -> None:
         """Keep some rows of a weight."""

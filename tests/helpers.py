@@ -121,6 +121,8 @@ class Flaky:
     """An executor that fails at one of the items: what a crash leaves behind."""
 
     jobs = 1
+    remote = False
+    peak_memory = 0
 
     def __init__(self, fail_at: int, error: BaseException) -> None:
         self.fail_at = fail_at

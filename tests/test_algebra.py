@@ -230,3 +230,19 @@ def test_factors_come_out_in_the_type_they_came_in(delta):
     assume(delta.up.shape[1])
     assert core(delta).truncate(1).up.dtype == np.float32
     assert add([(0.3, delta), (1, delta)]).up.dtype == np.float32
+
+
+@pytest.mark.parametrize("gap", [1.0, 1e-7, 0.0], ids=["grams", "qr", "padding"])
+def test_torch_gives_what_numpy_gives(gap):
+    """The long products are formed where the factors lie; here, by torch on the processor."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    up, down = rng.standard_normal((60, 5)).astype("f4"), rng.standard_normal((5, 50)).astype("f4")
+    up[:, 1:] = up[:, :1] + gap * up[:, 1:] if gap else 0
+    wanted = core(LowRank(up, down))
+    found = core(LowRank(torch.from_numpy(up), torch.from_numpy(down)))
+    size = float(wanted.values[0])
+    np.testing.assert_allclose(found.values, wanted.values, atol=1e-6 * size)
+    kept = found.truncate(3)
+    assert isinstance(kept.up, np.ndarray)
+    assert np.linalg.norm(dense(kept) - dense(wanted.truncate(3))) <= 1e-5 * size

@@ -20,7 +20,7 @@ def asked(monkeypatch, tmp_path):
     class Planned:
         steps = ()
 
-        def require_memory(self, allowed: int | None, jobs: int) -> None:
+        def require_memory(self, allowed: int | None, jobs: int, *, apart: bool) -> None:
             seen.update(max_memory=allowed, workers=jobs)
 
         @property
@@ -68,7 +68,7 @@ def test_every_option_arrives(asked):
         "base": "base", "adapters": ["a"], "out": "out", "weights": (-1.0,), "dtype": "bf16",
         "shard_size": 5_000_000_000, "verify": True, "resume": True, "sync": False, "force": True,
         "allow_unmatched": ("lm_head*", "x"), "on_conflict": "last", "blockwise_experts": True, "jobs": 3,
-        "executor": "inline", "max_memory": 1_500_000_000, "on_step": None, "workers": 1,
+        "executor": "inline", "device": "auto", "max_memory": 1_500_000_000, "on_step": None, "workers": 1,
     }  # fmt: skip
 
 

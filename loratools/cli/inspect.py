@@ -19,19 +19,30 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "show_inspection"]
 
+# Title of a column -> the field of a module it shows.
+_MEASURES = {
+    "norm": "norm",
+    "spectral norm": "spectral_norm",
+    "stable rank": "stable_rank",
+    "effective rank": "effective_rank",
+}
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
 @click.command()
 @click.argument("ref", type=REF)
 @click.option("--modules", is_flag=True, help="A line for each module rather than for each kind of them.")
+@click.option(
+    "--spectrum",
+    is_flag=True,
+    help="Read the factors too: norms, ranks and singular values of what they add.",
+)
 @click.option("--metadata", is_flag=True, help="Show the metadata stored in the file.")
 @click.option(
     "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The adapter_config.json to read it by."
 )
 @click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha, where no file says it.")
 @pickles
-@not_built("--spectrum", is_flag=True, hint="norms and singular values cannot be asked for yet")
 @not_built("--enable-lora", metavar="LIST", hint="merged linear layers of loralib cannot be read yet")
 @shared
 @click.pass_obj
@@ -40,6 +51,7 @@ def command(
     *,
     ref: str,
     modules: bool,
+    spectrum: bool,
     metadata: bool,
     config: str | None,
     alpha: float | None,
@@ -47,18 +59,19 @@ def command(
 ) -> None:
     """Say what an adapter is: its format, ranks, scaling and modules.
 
-    Reads headers only, so it takes milliseconds whatever the size. REF is a folder or a weight file;
-    something that is not a LoRA is named for what it is.
+    Reads headers only, so it takes milliseconds whatever the size, unless --spectrum asks for mathematics.
+    REF is a folder or a weight file; something that is not a LoRA is named for what it is.
 
     \b
     Examples:
       loratools inspect my-adapter
       loratools inspect my-adapter --modules
+      loratools inspect my-adapter --spectrum --modules
       loratools inspect my-adapter --json | jq .scaling
     """  # noqa: D301 - \b is click's
     import loratools as lt
 
-    report = lt.inspect(ref, config=config, alpha=alpha, allow_pickle=allow_pickle)
+    report = lt.inspect(ref, config=config, alpha=alpha, allow_pickle=allow_pickle, spectrum=spectrum)
     warn(report.warnings, settings)
     if settings.json:
         say_json(report.to_dict())
@@ -95,7 +108,7 @@ def show_inspection(
     fields(pairs)
     if report.modules:
         click.echo()
-        _show_modules(report.modules, modules)
+        _show_modules(report.modules, modules, spectrum=report.spectrum)
     if metadata:
         click.echo()
         fields(report.metadata.items() if report.metadata else [("metadata", "none")])
@@ -109,9 +122,9 @@ def _by_reason(extras: Iterable[ExtraInfo]) -> dict[str, list[str]]:
     return found
 
 
-def _show_modules(modules: Iterable[ModuleInfo], each: bool) -> None:
+def _show_modules(modules: Iterable[ModuleInfo], each: bool, *, spectrum: bool = False) -> None:
     """A row for each module, or for all that differ only in a number of their names."""
-    groups: dict[tuple[object, ...], int] = {}
+    groups: dict[tuple[object, ...], list[ModuleInfo]] = {}
     for module in modules:
         name = module.name if each else _NUMBER.sub("*", module.name)
         shape = "x".join(map(str, module.shape)) + (
@@ -126,14 +139,24 @@ def _show_modules(modules: Iterable[ModuleInfo], each: bool) -> None:
             shape,
             module.dtype,
         )
-        groups[row] = groups.get(row, 0) + 1
-    columns = ("kind", ">rank", ">alpha", ">scaling", ">shape", "dtype")
-    if each:
-        show_table(["module", *columns], groups)
-    else:
-        show_table(
-            ["modules", ">count", *columns], [(row[0], count, *row[1:]) for row, count in groups.items()]
-        )
+        groups.setdefault(row, []).append(module)
+    columns = ["kind", ">rank", ">alpha", ">scaling", ">shape", "dtype"]
+    if spectrum:
+        columns += [f">{title}" for title in _MEASURES]
+    rows = []
+    for group, members in groups.items():
+        measured = [_over(members, name) for name in _MEASURES.values()] if spectrum else []
+        rows.append([group[0], *([] if each else [len(members)]), *group[1:], *measured])
+    show_table([*(["module"] if each else ["modules", ">count"]), *columns], rows)
+
+
+def _over(modules: Iterable[ModuleInfo], measure: str) -> str:
+    """Least and greatest of a measure over some modules."""
+    values = [value for module in modules if (value := getattr(module, measure)) is not None]
+    if not values:
+        return "-"
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _short(value: float | None) -> str | None:

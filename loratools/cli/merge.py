@@ -104,11 +104,11 @@ def command(
     )
     planned = lt.plan_merge(
         base, opened, target, weights=weight or None, dtype=dtype, shard_size=shard_size, force=force,
-        allow_unmatched=allow_unmatched, on_conflict=on_conflict, blockwise_experts=blockwise_experts,
+        allow_unmatched=allow_unmatched, on_conflict=on_conflict, blockwise_experts=blockwise_experts, device=device,
     )  # fmt: skip
-    planned.plan.require_memory(max_memory, workers.jobs)
+    planned.plan.require_memory(max_memory, workers.jobs, apart=workers.remote)
     if dry_run:
-        _show_plan(planned.to_dict(workers.jobs), settings)
+        _show_plan(planned.to_dict(workers.jobs, apart=workers.remote), settings)
         return 0
     settings.on_interrupt = f"nothing was published; add --resume to go on from {target}.part"
     total = sum(step.nbytes for step in planned.plan.steps)

@@ -24,6 +24,7 @@ __all__ = [
     "computing",
     "not_built",
     "pickles",
+    "reading",
     "shared",
     "traced",
     "weighting",
@@ -154,6 +155,19 @@ pickles = click.option(
     help="Read .bin and .pt files (needs torch; weights only, no code is run).",
 )
 
+reading = _chain(
+    click.option(
+        "--config", type=click.Path(dir_okay=False), metavar="FILE",
+        help="The adapter_config.json of a bare weight file.",
+    ),
+    click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha of a bare weight file."),
+    click.option(
+        "--blockwise-experts", is_flag=True,
+        help="The B of fused experts is packed expert by expert (unsloth before September 2026).",
+    ),
+    pickles,
+)  # fmt: skip
+
 computing = _chain(
     click.option(
         "--jobs",
@@ -165,13 +179,13 @@ computing = _chain(
         "--executor",
         type=click.Choice(["inline", "threads", "processes", "ray"]),
         default="threads",
-        help="What runs the work; this build has inline and threads.",
+        help="What runs the work; ray is not in this build.",
     ),
     click.option(
         "--device",
         type=click.Choice(["cpu", "cuda", "mps", "auto"]),
         default="cpu",
-        help="Where to compute; this build has cpu.",
+        help="Where low-rank factors are multiplied; cuda and mps need torch.",
     ),
     click.option("--max-memory", type=SIZE, help="Refuse to start if more is needed, such as 2GB."),
 )

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from loratools.cli.settings import Settings
-    from loratools.planning import Step
 
 __all__ = ["progress", "wants_progress"]
+
+
+class Weighed(Protocol):
+    """A step of any verb."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its share of the work, in bytes."""
+        ...
 
 
 def wants_progress(settings: Settings) -> bool:
@@ -23,7 +31,7 @@ def wants_progress(settings: Settings) -> bool:
 @contextlib.contextmanager
 def progress(
     label: str, total: int, settings: Settings, then: str | None = None
-) -> Iterator[Callable[[Step], None] | None]:
+) -> Iterator[Callable[[Weighed], None] | None]:
     """A bar over the bytes of a plan.
 
     Args:
@@ -50,7 +58,7 @@ def progress(
         task = bar.add_task(label, total=total)
         done = 0
 
-        def on_step(step: Step) -> None:
+        def on_step(step: Weighed) -> None:
             nonlocal done
             done += step.nbytes
             bar.update(task, completed=min(done, total))

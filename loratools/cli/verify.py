@@ -76,8 +76,8 @@ def command(
         adapters, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
     )
     request: dict[str, Any] = {"allow_unmatched": allow_unmatched, "on_conflict": on_conflict}
-    planned = lt.plan_merge(base, opened, weights=weight or None, **request)
-    planned.plan.require_memory(max_memory, workers.jobs)
+    planned = lt.plan_merge(base, opened, weights=weight or None, device=device, **request)
+    planned.plan.require_memory(max_memory, workers.jobs, apart=workers.remote)
     warn(planned.merged.warnings, settings)
     total = sum(step.nbytes for step in planned.plan.steps)
     with progress("Verifying", total, settings) as on_step:

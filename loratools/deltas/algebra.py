@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from loratools.arrays import beside, from_device, namespace_of
 from loratools.deltas.full import Dense
 from loratools.deltas.hadamard import Hadamard
 from loratools.deltas.kronecker import Kronecker
@@ -110,9 +111,14 @@ def add(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     for _, delta in terms:
         if delta.shape != shape:
             raise ShapeMismatch("a term of the sum", delta.shape, shape)
-    deltas = [(weight, factored(delta)) for weight, delta in terms]
-    up = np.concatenate([_scaled(delta.up, weight) for weight, delta in deltas], axis=1)
-    return LowRank(up, np.concatenate([delta.down for _, delta in deltas]))
+    deltas = [factored(delta) for _, delta in terms]
+    kind = np.result_type(*(delta.up.dtype for delta in deltas))
+    up, start = np.empty((shape[0], sum(delta.up.shape[1] for delta in deltas)), kind), 0
+    for (weight, _), delta in zip(terms, deltas, strict=True):
+        stop = start + delta.up.shape[1]
+        np.multiply(delta.up, delta.up.dtype.type(weight), out=up[:, start:stop])
+        start = stop
+    return LowRank(up, np.concatenate([delta.down for delta in deltas]))
 
 
 def inner(a: LowRank, b: LowRank) -> float:
@@ -167,7 +173,7 @@ def compare(a: LowRank, b: LowRank) -> Comparison:
     norm_a = math.sqrt(own) if own > _CANCELLED * float(diagonal[:rank].sum()) else norm(a)
     norm_b = math.sqrt(other) if other > _CANCELLED * float(diagonal[rank:].sum()) else norm(b)
     square = own + other - 2 * cross
-    apart = math.sqrt(square) if square > _CANCELLED * (own + other) else _small_distance(a, b)
+    apart = math.sqrt(square) if square > _CANCELLED * float(diagonal.sum()) else _small_distance(a, b)
     return Comparison(norm_a, norm_b, cross, apart)
 
 
@@ -189,8 +195,8 @@ def _small_distance(a: LowRank, b: LowRank) -> float:
             return 0.0
         up, down = np.concatenate([ups, _double(b.up)], axis=1), np.concatenate([_double(a.down), downs])
         products = (up.T @ up) * (down @ down.T)
-        rank, square = a.up.shape[1], float(products.sum())
-        if square > _CANCELLED * float(products[:rank, :rank].sum() + products[rank:, rank:].sum()):
+        square = float(products.sum())
+        if square > _CANCELLED * float(products.diagonal().sum()):
             return math.sqrt(square)
     return float(np.linalg.norm(core(_wide(add([(1.0, _wide(a)), (-1.0, _wide(b))]))).values))
 
@@ -226,11 +232,17 @@ class Core:
 
     def left(self, rank: int | None = None) -> Array:
         """The first left singular vectors: (out, rank), float64."""
-        return _double(self.columns) @ self.left_map[:, :rank]
+        return self._columns(self.left_map[:, :rank])
 
     def right(self, rank: int | None = None) -> Array:
         """The first right singular vectors: (rank, in), float64."""
-        return self.right_map[:rank] @ _double(self.rows)
+        return self._rows(self.right_map[:rank])
+
+    def _columns(self, coordinates: Array) -> Array:
+        return from_device(_double(self.columns) @ beside(coordinates, self.columns))
+
+    def _rows(self, coordinates: Array) -> Array:
+        return from_device(beside(coordinates, self.rows) @ _double(self.rows))
 
     def truncate(self, rank: int) -> LowRank:
         """The nearest delta of a rank, the root of each singular value on either side; zeros beyond what there is.
@@ -241,8 +253,8 @@ class Core:
         root = np.sqrt(self.values[:kept])
         up = np.zeros((self.shape[0], rank), self.kind)
         down = np.zeros((rank, self.shape[1]), self.kind)
-        up[:, :kept] = _double(self.columns) @ (self.left_map[:, :kept] * root)
-        down[:kept] = (root[:, None] * self.right_map[:kept]) @ _double(self.rows)
+        up[:, :kept] = self._columns(self.left_map[:, :kept] * root)
+        down[:kept] = self._rows(root[:, None] * self.right_map[:kept])
         return LowRank(up, down)
 
     def tail(self, rank: int) -> float:
@@ -251,7 +263,7 @@ class Core:
 
 
 def core(delta: LowRank) -> Core:
-    """Decompose a delta through its factors: O((out + in) r²).
+    """Decompose a delta through its factors: O((out + in) r²). The long products are formed where the factors lie.
 
     Columns of ``up`` and rows of ``down`` are scaled to length one, so that factors of very different sizes do no harm.
     Their Gram matrices serve while they are well conditioned, QR decompositions where they are not; where the rank
@@ -262,30 +274,36 @@ def core(delta: LowRank) -> Core:
     ([3.0, 2.0], (2, 1))
     """
     delta = factored(delta)
-    kind = np.result_type(delta.up.dtype, delta.down.dtype)
+    kind = np.dtype("f8" if "float64" in f"{delta.up.dtype} {delta.down.dtype}" else "f4")
     up, down = _double(delta.up), _double(delta.down)
-    lengths = np.sqrt(np.einsum("ij,ij->j", up, up)), np.sqrt(np.einsum("ij,ij->i", down, down))
-    used = (lengths[0] > 0) & (lengths[1] > 0)
-    if not used.all():  # rank that was only padding, or never trained
-        up, down, lengths = up[:, used], down[used], (lengths[0][used], lengths[1][used])
-    size = min(delta.up.shape[1], *delta.shape)
-    if up.shape[1] > min(delta.shape):
-        left, values, right = np.linalg.svd(up @ down, full_matrices=False)
-        found = (values, left, np.eye(values.size), right, np.eye(values.size))
+    if up.shape[1] <= min(delta.shape):
+        ups, downs = from_device(up.T @ up), from_device(down @ down.T)
+        used = (ups.diagonal() > 0) & (downs.diagonal() > 0)
+        if not used.all():  # rank that was only padding, or never trained
+            return _without_padding(delta, used)
+        found = _by_grams(up, down, ups, downs) or _by_qr(from_device(up), from_device(down))
     else:
-        found = _by_grams(up, down, *lengths) or _by_qr(up, down)
-    return _padded(Core(*found, kind), size)
+        left, values, right = np.linalg.svd(from_device(up) @ from_device(down), full_matrices=False)
+        found = (values, left, np.eye(values.size), right, np.eye(values.size))
+    return Core(*found, kind)
+
+
+def _without_padding(delta: LowRank, used: Array) -> Core:
+    chosen = beside(np.flatnonzero(used), delta.up)
+    found = core(LowRank(delta.up[:, chosen], delta.down[chosen]))
+    return _padded(found, min(delta.up.shape[1], *delta.shape))
 
 
 _Parts = tuple["Array", "Array", "Array", "Array", "Array"]
 
 
-def _by_grams(up: Array, down: Array, up_lengths: Array, down_lengths: Array) -> _Parts | None:
+def _by_grams(up: Array, down: Array, up_gram: Array, down_gram: Array) -> _Parts | None:
     """With up = Q L_Bᵀ c_B and downᵀ = P L_Aᵀ c_A with Cholesky factors L: the core is L_Bᵀ c_B c_A L_A."""
-    ups = _cholesky(up.T @ up / np.outer(up_lengths, up_lengths))
+    up_lengths, down_lengths = np.sqrt(up_gram.diagonal()), np.sqrt(down_gram.diagonal())
+    ups = _cholesky(up_gram / np.outer(up_lengths, up_lengths))
     if ups is None:
         return None
-    downs = _cholesky(down @ down.T / np.outer(down_lengths, down_lengths))
+    downs = _cholesky(down_gram / np.outer(down_lengths, down_lengths))
     if downs is None:
         return None
     left, values, right = np.linalg.svd((ups[0].T * (up_lengths * down_lengths)) @ downs[0])
@@ -350,4 +368,6 @@ def _cosines(a: Core, b: Core, i: int, j: int, side: Side) -> Array:
 
 
 def _double(values: Array) -> Array:
-    return values.astype(np.float64, copy=False)
+    xp = namespace_of(values)
+    wide: Array = xp.astype(values, xp.float64, copy=False)
+    return wide

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import frexp
 from typing import TYPE_CHECKING
 
+from loratools.arrays import from_device, namespace_of, on_processor, to_device
 from loratools.errors import ShapeMismatch
 
 if TYPE_CHECKING:
@@ -70,17 +71,26 @@ class LowRank:
         """(up down)ᵀ = downᵀ upᵀ."""
         return LowRank(self.down.T, self.up.T, self.scaling)
 
+    def on(self, device: str) -> LowRank:
+        """The same delta with its factors on a device: blocks of rows are multiplied there and handed over by it."""
+        return replace(self, up=to_device(self.up, device), down=to_device(self.down, device))
+
     def folded(self) -> LowRank:
         """The same delta with the scaling inside ``up``, where that changes no bit: a power of two."""
-        if abs(frexp(self.scaling)[0]) != 0.5:
+        if self.scaling == 1.0 or abs(frexp(self.scaling)[0]) != 0.5:
             return self
         return LowRank(self.up * self.up.dtype.type(self.scaling), self.down)
 
 
 def product(up: Array, down: Array, out: Array | None = None) -> Array:
-    """``up @ down``, in slivers of rows while the factors are thin enough for that to be faster."""
+    """``up @ down``, in slivers of rows while the factors are thin enough for that to be faster.
+
+    Factors on a device are multiplied there, and their product comes to the processor.
+    """
     import numpy as np
 
+    if not on_processor(up):
+        return from_device(namespace_of(up).matmul(up, down), out)
     rows, (rank, columns) = up.shape[0], down.shape
     for sliver in _SLIVERS:
         if rows % sliver == 0 and rows > sliver and sliver * columns * rank <= _SMALL_GEMM:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratools.deltas.lowrank import LowRank
     from loratools.dtypes import Array
 
-__all__ = ["Method", "Residual"]
+__all__ = ["Method", "Residual", "taken_out"]
 
 Method = Literal["pissa", "olora", "kasa"]
 
@@ -62,15 +62,30 @@ class Residual:
 
 def _taken_out(weight: Array, method: Method, rank: int, scaling: float) -> Array:
     """P(W): (out, in), float64."""
+    left, right, factor = taken_out(weight, method, rank, scaling)
+    part: Array = left @ right
+    return part if factor == 1.0 else factor * part
+
+
+def taken_out(weight: Array, method: Method, rank: int, scaling: float) -> tuple[Array, Array, float]:
+    """P(W) as factors.
+
+    Args:
+        weight: W, (out, in), float64; as stored for OLoRA.
+        method: how the adapter was initialised.
+        rank: of the part.
+        scaling: of the adapter.
+
+    Returns:
+        (out, rank), (rank, in), and what their product is multiplied by.
+    """
     import numpy as np
 
     if method == "olora":
         basis = np.linalg.qr(weight[:, : min(rank, weight.shape[1])])[0]
-        spanned: Array = basis @ (basis.T @ weight)
-        return scaling * spanned
+        return basis, basis.T @ weight, scaling
     wide = weight.shape[0] <= weight.shape[1]
     gram = weight @ weight.T if wide else weight.T @ weight
     vectors = np.linalg.eigh(gram)[1]  # columns, smallest eigenvalue first
     vectors = vectors[:, -rank:] if method == "pissa" else vectors[:, :rank]
-    part: Array = vectors @ (vectors.T @ weight) if wide else (weight @ vectors) @ vectors.T
-    return part
+    return (vectors, vectors.T @ weight, 1.0) if wide else (weight @ vectors, vectors.T, 1.0)

@@ -17,6 +17,8 @@ class Inline:
     """The simplest executor."""
 
     jobs = 1
+    remote = False
+    peak_memory = 0
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """See :class:`~loratools.executors.base.Executor`."""

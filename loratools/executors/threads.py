@@ -19,6 +19,9 @@ _END = object()
 class Threads:
     """``jobs`` threads, started anew by each :meth:`map`."""
 
+    remote = False
+    peak_memory = 0
+
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
 

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from loratools.tensors.base import TensorSource
 
 __all__ = [
+    "INNER_PROJECTION",
     "PREFIX",
     "ROLES",
     "Problem",
+    "adds_twice",
     "broken_modules",
     "common_config",
     "has_peft_keys",
@@ -35,6 +37,7 @@ __all__ = [
     "read_peft",
     "split_key",
     "with_blockwise",
+    "within",
 ]
 
 PREFIX = "base_model.model."
@@ -94,7 +97,7 @@ _INNER = {
 _RANK_FIRST = ("first_b", "left_b", "right_b")  # factors whose first dimension is the rank
 _TYPES = {"LORA": {"lora"}, "ADALORA": {"adalora"}, "IA3": {"ia3"}, "LOHA": {"loha"}, "LOKR": {"lokr"}}
 # The output projection inside torch's MultiheadAttention, which PEFT wraps together with the attention.
-_INNER_PROJECTION = ".base_layer.out_proj"
+INNER_PROJECTION = ".base_layer.out_proj"
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 
 
@@ -294,7 +297,7 @@ def _lora(
     down, up = tensors["down"].shape, tensors["up"].shape
     stored = down[0]
     options |= _blocks(path, config)
-    if path.endswith(_INNER_PROJECTION) and _adds_twice(config):
+    if path.endswith(INNER_PROJECTION) and adds_twice(config):
         scaling = 2 * scaling
     if config.target_parameters and stored != rank and stored % rank == 0 and up[-1:] == down[:1]:
         options["experts"] = stored // rank
@@ -314,7 +317,7 @@ def _lora(
     return Module(kind, tensors, stored, alpha, scaling, shape, options)
 
 
-def _adds_twice(config: PeftConfig) -> bool:
+def adds_twice(config: PeftConfig) -> bool:
     """Whether the delta of an attention's output projection counts twice.
 
     PEFT up to 0.21 adds it twice, in every forward pass (so in training) as in merging; the model that was trained
@@ -373,7 +376,7 @@ def _lokr_shape(tensors: Mapping[str, TensorRef]) -> tuple[int, ...]:
 
 def layer_name(path: str) -> str:
     """The layer that PEFT wrapped, which is what its configuration speaks of."""
-    return path.removesuffix(_INNER_PROJECTION).replace(".base_layer", "")
+    return path.removesuffix(INNER_PROJECTION).replace(".base_layer", "")
 
 
 def pattern_name(path: str, config: PeftConfig) -> str:
@@ -415,7 +418,7 @@ def _role(path: str, bare: str, config: PeftConfig) -> tuple[ExtraRole, str]:
     owner, _, last = bare.rpartition(".")
     if split_key(path) is not None:
         return "unclaimed", f"a {config.peft_type} adapter has no such tensor"
-    if any(_within(owner, name) for name in config.modules_to_save):
+    if any(within(owner, name) for name in config.modules_to_save):
         return "replacement", "modules_to_save"
     if last == "bias" and config.bias in {"all", "lora_only"}:
         return "replacement", f"bias={config.bias}"
@@ -434,7 +437,7 @@ def _ends(path: str, name: str) -> bool:
     return not name or path == name or path.endswith("." + name)
 
 
-def _within(path: str, name: str) -> bool:
+def within(path: str, name: str) -> bool:
     """Whether this module, or one it lies in, has a name that ends with ``name``: PEFT's rule, dot or no dot."""
     parts = path.split(".")
     return any(".".join(parts[: n + 1]).endswith(name) for n in range(len(parts)))

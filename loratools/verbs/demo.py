@@ -7,12 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter import Adapter, AdapterConfig, Module
 from loratools.checkpoints import index_file, shard_names
 from loratools.dtypes import DTYPES, narrow
 from loratools.errors import OutputExists
+from loratools.formats.peft_writing import write_peft
 from loratools.planning import OutputFile
-from loratools.tensors.base import TensorSpec
+from loratools.tensors.base import TensorRef, TensorSpec
 from loratools.tensors.header import layout
+from loratools.tensors.memory import MemorySource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -147,36 +150,26 @@ def _config() -> dict[str, object]:
 
 def _write_adapter(folder: Path, random: np.random.Generator) -> None:
     """Factors as a short training leaves them: A as it was drawn, B small."""
-    values: dict[str, Array] = {}
+    modules = {}
     for layer in range(LAYERS):
-        for name, (rows, columns) in LINEAR.items():
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            bound = 1 / math.sqrt(columns)
-            values[f"{prefix}.lora_A.weight"] = random.uniform(-bound, bound, (RANK, columns)).astype(
-                "float32"
-            )
-            values[f"{prefix}.lora_B.weight"] = random.normal(0, 0.01, (rows, RANK)).astype("float32")
-    specs = {name: TensorSpec(DTYPES["F32"], value.shape) for name, value in values.items()}
-    _write_safetensors(folder / "adapter_model.safetensors", specs, values)
-    _write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": "base",
-            "r": RANK,
-            "lora_alpha": ALPHA,
-            "use_rslora": False,
-            "use_dora": False,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_dropout": 0.0,
-            "modules_to_save": None,
-            "target_modules": [name.rpartition(".")[2] for name in LINEAR],
-        },
+        for name, shape in LINEAR.items():
+            path = f"model.layers.{layer}.{name}"
+            bound = 1 / math.sqrt(shape[1])
+            factors = {
+                "down": random.uniform(-bound, bound, (RANK, shape[1])).astype("float32"),
+                "up": random.normal(0, 0.01, (shape[0], RANK)).astype("float32"),
+            }
+            source = MemorySource({f"{path}.{role}": values for role, values in factors.items()})
+            refs = {role: TensorRef(source, f"{path}.{role}") for role in factors}
+            modules[path] = Module("lora", refs, RANK, ALPHA, ALPHA / RANK, shape)
+    targets = {"target_modules": [name.rpartition(".")[2] for name in LINEAR], "task_type": "CAUSAL_LM"}
+    config = AdapterConfig("LORA", "base", {"peft_type": "LORA", **targets})
+    tensors, raw = write_peft(Adapter("the demonstration", "peft", modules, config, {}, {}))
+    values = {key: ref.load() for key, ref in tensors.items()}
+    _write_safetensors(
+        folder / "adapter_model.safetensors", {key: ref.spec for key, ref in tensors.items()}, values
     )
+    _write_json(folder / "adapter_config.json", raw)
 
 
 def _write_safetensors(

@@ -1,8 +1,12 @@
-"""``inspect``: what the headers of an adapter say. No values are read; numpy and torch are not loaded."""
+"""``inspect``: what the headers of an adapter say, and on request the singular values of its deltas.
+
+Without the latter no values are read, and numpy is not loaded.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools.formats.opening import open_adapter
@@ -26,6 +30,8 @@ def inspect(
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
+    spectrum: bool = False,
+    jobs: int | None = None,
 ) -> InspectReport:
     """Say what an adapter is: format, kinds, ranks, scaling, modules, and every tensor that belongs to none.
 
@@ -40,6 +46,8 @@ def inspect(
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
         alpha: overrides ``lora_alpha``.
         allow_pickle: read ``.bin`` and ``.pt`` files.
+        spectrum: read the factors too, for norms, ranks and singular values of each module's scaled delta.
+        jobs: workers for that; by default the processors at hand, four at most.
 
     Returns:
         The report. What is recognised but is no LoRA is reported too, with its kind and a warning.
@@ -48,9 +56,11 @@ def inspect(
         NotFound: no such file, or a folder without adapter weights.
         CorruptFile: a file breaks the rules of its format.
         BadConfig: a field of the configuration cannot be.
-        Unsupported: a pickle, without leave to read it.
+        Unsupported: a pickle, without leave to read it; a spectrum of deltas that nothing scales.
+        InputError: a factor holds values that are not finite, and the spectrum was asked for.
     """
-    return report(open_adapter(ref, config=config, alpha=alpha, allow_pickle=allow_pickle))
+    adapter = open_adapter(ref, config=config, alpha=alpha, allow_pickle=allow_pickle)
+    return with_spectra(report(adapter), adapter, jobs) if spectrum else report(adapter)
 
 
 def report(adapter: Adapter) -> InspectReport:
@@ -77,6 +87,49 @@ def report(adapter: Adapter) -> InspectReport:
         metadata=dict(adapter.metadata),
         warnings=tuple(_warnings(adapter)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A module to decompose."""
+
+    name: str
+    module: Module
+
+
+def with_spectra(found: InspectReport, adapter: Adapter, jobs: int | None = None) -> InspectReport:
+    """The report, with what the singular values of each module say; modules that are no plain sum have none."""
+    from loratools.executors.base import make_executor
+    from loratools.running import default_jobs, gather
+
+    items = [_Item(name, module) for name, module in adapter.modules.items() if module.is_delta]
+    workers = make_executor("threads", default_jobs() if jobs is None else jobs)
+    told = dict(zip((item.name for item in items), gather(_spectrum, items, workers), strict=True))
+    modules = tuple(replace(info, **told.get(info.name, {})) for info in found.modules)
+    warnings = found.warnings
+    if without := [info for info in modules if info.singular_values is None]:
+        first, more = without[0], f" (and {len(without) - 1} more)" if without[1:] else ""
+        warnings = (*warnings, f"{first.name} has no spectrum: {first.kind} is not a plain sum{more}")
+    return replace(found, modules=modules, warnings=warnings, spectrum=True)
+
+
+def _spectrum(item: _Item) -> dict[str, Any]:
+    """What the singular values of a module's matrices say, of several experts together."""
+    import numpy as np
+
+    from loratools.deltas.algebra import core
+    from loratools.deltas.measures import effective_rank, frobenius_norm, spectral_norm, stable_rank
+    from loratools.matrices import matrices
+
+    each = [core(one).values for one in matrices(item.module, item.name)]
+    values = each[0] if len(each) == 1 else np.sort(np.concatenate(each))[::-1]
+    return {
+        "norm": frobenius_norm(values),
+        "spectral_norm": spectral_norm(values),
+        "stable_rank": stable_rank(values),
+        "effective_rank": effective_rank(values),
+        "singular_values": tuple(values.tolist()),
+    }
 
 
 def _range(values: Iterable[float | None]) -> Range:

@@ -16,16 +16,16 @@ from loratools.arrays import check_device
 from loratools.checkpoints import edit_config, index_file, shard_names, small_files
 from loratools.dtypes import compatible
 from loratools.dtypes import dtype as named_dtype
-from loratools.errors import OutputExists, UnknownFormat, Unsupported
+from loratools.errors import UnknownFormat, Unsupported
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
 from loratools.merging import Conflict, Merged, merge_tensors
 from loratools.models import open_base, require_unquantised
 from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
-from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, made_by_loratools, record
-from loratools.publishing import set_aside, standing
+from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, record
+from loratools.publishing import require_place
 from loratools.refs import local_path
-from loratools.running import default_jobs, peak_memory, run
+from loratools.running import default_jobs, peak_memory, require_files, run
 from loratools.sinks import FileSink, MemorySink
 from loratools.tensors.memory import is_torch
 from loratools.verbs.reports import MergeReport, SurvivalSummary
@@ -55,6 +55,7 @@ class MergePlan:
         left_out: files of the base that are not carried along.
         output: where the result goes; None for memory.
         force: an output that loratools made may be replaced.
+        device: where the products of factors are computed.
     """
 
     base: BaseModel
@@ -65,9 +66,10 @@ class MergePlan:
     left_out: tuple[str, ...]
     output: Path | None
     force: bool = False
+    device: str = "cpu"
 
-    def to_dict(self, jobs: int = 1) -> dict[str, Any]:
-        """The plan in numbers, as ``--dry-run`` prints it."""
+    def to_dict(self, jobs: int = 1, *, apart: bool = False) -> dict[str, Any]:
+        """The plan in numbers, as ``--dry-run`` prints it; ``apart`` for workers that are processes."""
         outputs = self.merged.outputs.values()
         return {
             "schema": "loratools.merge/1",
@@ -77,7 +79,7 @@ class MergePlan:
             "modules": {"bound": self.merged.bound, "unmatched": list(self.merged.unmatched)},
             "reads": [self.base.name, *(adapter.name for adapter in self.adapters)],
             "bytes_read": sum(o.base.spec.nbytes for o in outputs if o.base is not None),
-            **describe(self.plan, jobs),
+            **describe(self.plan, jobs, apart=apart),
             "left_out": list(self.left_out),
             "warnings": list(self.merged.warnings),
         }
@@ -96,6 +98,7 @@ def plan_merge(
     allow_pickle: bool = False,
     blockwise_experts: bool = False,
     force: bool = False,
+    device: str = "cpu",
 ) -> MergePlan:
     """Decide everything about a merge from headers alone. Arguments and errors are those of :func:`merge`.
 
@@ -107,6 +110,7 @@ def plan_merge(
     >>> planned.to_dict()["tensors"]
     {'total': 1, 'changed': 1, 'copied': 0, 'added': 0}
     """
+    device = check_device(device)
     opened = _open_adapters(adapters, allow_pickle=allow_pickle, blockwise=blockwise_experts)
     factors = _weights(weights, len(opened))
     dtype = _dtype_name(dtype)
@@ -114,14 +118,15 @@ def plan_merge(
     _require_base(model)
     output = None if out is None else Path(out)
     if output is not None:
-        _require_output(output, model, [Path(a.name) for a in opened], force=force)
+        inputs = [path for path in (model.path, *(Path(a.name) for a in opened)) if path is not None]
+        require_place(output, inputs, force=force)
     wanted = None if dtype is None else named_dtype(dtype)
     merged = merge_tensors(
         model, opened, factors, dtype=wanted, allow_unmatched=allow_unmatched, on_conflict=on_conflict
     )
     provenance = _provenance(model, opened, factors, dtype)
-    plan, left_out = _lay_out(model, opened, merged, provenance, shard_size, in_memory=output is None)
-    return MergePlan(model, opened, factors, merged, plan, left_out, output, force)
+    plan, left_out = _lay_out(model, opened, merged, provenance, shard_size, device, in_memory=output is None)
+    return MergePlan(model, opened, factors, merged, plan, left_out, output, force, device)
 
 
 def merge(
@@ -174,8 +179,10 @@ def merge(
         blockwise_experts: the experts' B is packed expert-slowest.
         force: replace an output that loratools made.
         jobs: workers; by default the processors at hand, four at most.
-        executor: ``"threads"`` or ``"inline"``.
-        device: ``"cpu"``.
+        executor: ``"threads"``, ``"inline"`` or ``"processes"``, which needs paths rather than tensors in memory, and a
+            guard in the script that calls it (see :class:`loratools.executors.processes.Processes`).
+        device: where low-rank factors are multiplied: ``"cpu"``, ``"cuda"``, ``"mps"`` or ``"auto"``. All else is
+            computed on the processor whatever this says.
         max_memory: bytes the plan may need.
         on_step: called after each step, for progress.
 
@@ -191,11 +198,11 @@ def merge(
         OutputExists: ``out`` exists, or overlaps an input.
         Incomplete: the disk is full; the ``.part`` stays for ``resume``.
     """
-    check_device(device)
     make_executor(executor, 1)  # a name that does not exist is refused before anything is opened
     planned = plan_merge(
         base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, allow_unmatched=allow_unmatched,
         on_conflict=on_conflict, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, force=force,
+        device=device,
     )  # fmt: skip
     return run_merge(
         planned, verify=verify, resume=resume, sync=sync, jobs=jobs, executor=executor, max_memory=max_memory,
@@ -225,7 +232,8 @@ def run_merge(
     {'bound': 1, 'unmatched': []}
     """
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
-    planned.plan.require_memory(max_memory, workers.jobs)
+    planned.plan.require_memory(max_memory, workers.jobs, apart=workers.remote)
+    require_files(workers, planned.base)
     sink: FileSink | MemorySink
     if planned.output is None:
         tensors = getattr(planned.base.source, "tensors", {})
@@ -239,7 +247,7 @@ def run_merge(
         from loratools.verbs.verify import verify_merge
 
         verified = verify_merge(planned, planned.output, workers, on_step=on_step).ok
-    return _report(planned, result, verified, merged)
+    return _report(planned, result, verified, merged, peak_memory(workers))
 
 
 def _open_adapters(
@@ -309,40 +317,6 @@ def _require_base(model: BaseModel) -> None:
     require_unquantised(model)
 
 
-def _require_output(output: Path, base: BaseModel, adapters: list[Path], *, force: bool) -> None:
-    """Refuse an output that would touch an input, or something loratools did not make."""
-    if output.name in {"", ".."}:  # the current folder, its parent or a root, however it was spelled
-        raise OutputExists(f"{output} exists", hint="give the result a name of its own")
-    for path in [base.path, *adapters]:
-        if path is not None and any(_overlap(one, path) for one in (output, *set_aside(output))):
-            raise OutputExists(
-                f"the output {output} and the input {path} overlap",
-                hint="give the result a place of its own",
-            )
-    found = standing(output)
-    if found is None:
-        return
-    if not force and found != output:
-        raise OutputExists(
-            f"{output} was being replaced when a run was cut short, and its old state is in {found}",
-            hint="--force goes on and replaces it; renaming it back keeps it",
-        )
-    if not force:
-        raise OutputExists(f"{output} exists", hint="--force replaces it, if loratools made it")
-    if not made_by_loratools(found):
-        raise OutputExists(
-            f"{output} exists and was not made by loratools", hint="remove it by hand if it may go"
-        )
-
-
-def _overlap(output: Path, given: Path) -> bool:
-    """Whether one of two paths is the other or lies in it, as they are spelled or where their links lead."""
-    if output.exists() and given.exists() and output.samefile(given):
-        return True
-    outputs, inputs = ({Path(os.path.abspath(p)), p.resolve()} for p in (output, given))  # noqa: PTH100
-    return any(o == i or o in i.parents or i in o.parents for o in outputs for i in inputs)
-
-
 def _provenance(
     base: BaseModel, adapters: Sequence[Adapter], weights: Sequence[float], dtype: str | None
 ) -> dict[str, Any]:
@@ -362,6 +336,7 @@ def _lay_out(
     merged: Merged,
     provenance: dict[str, Any],
     shard_size: int | None,
+    device: str,
     *,
     in_memory: bool,
 ) -> tuple[Plan, tuple[str, ...]]:
@@ -374,7 +349,7 @@ def _lay_out(
     left_out: tuple[str, ...] = ()
     if base.kind != "folder" and not in_memory:
         metadata = {name: {**found, METADATA_KEY: text} for name, found in metadata.items()}
-    files, steps = plan_steps(outputs, metadata)
+    files, steps = plan_steps(outputs, metadata, device)
     if base.kind == "folder" and not in_memory:
         config = edit_config(base.config, merged.config) if merged.config else base.config
         resizer = Path(merged.resized.name) if merged.resized is not None else None
@@ -451,7 +426,11 @@ def _is_own(output: Output) -> bool:
 
 
 def _report(
-    planned: MergePlan, result: RunResult, verified: bool | None, tensors: dict[str, Any] | None
+    planned: MergePlan,
+    result: RunResult,
+    verified: bool | None,
+    tensors: dict[str, Any] | None,
+    peak: int | None,
 ) -> MergeReport:
     shares = {name: seen.share for name, seen in result.survival.items()}
     known = {name: share for name, share in shares.items() if share is not None}
@@ -474,7 +453,7 @@ def _report(
         bytes_read=base_bytes + adapters_bytes,
         bytes_written=planned.plan.bytes_written,
         seconds=result.seconds,
-        peak_memory=peak_memory(),
+        peak_memory=peak,
         survival=summary,
         resumed=result.resumed,
         left_out=planned.left_out,

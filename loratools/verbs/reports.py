@@ -7,9 +7,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 __all__ = [
-    "ExtraInfo", "Finding", "InspectReport", "MergeReport", "ModuleInfo", "Range", "Report", "SurvivalSummary",
-    "TensorVerdict", "ValidationReport", "VerificationReport", "plain",
+    "SPECTRAL", "ExtraInfo", "Finding", "InspectReport", "MergeReport", "ModuleInfo", "Range", "Report",
+    "SurvivalSummary", "TensorVerdict", "ValidationReport", "VerificationReport", "plain",
 ]  # fmt: skip
+
+
+# What a module's entry has only where the singular values were asked for.
+SPECTRAL = ("norm", "spectral_norm", "stable_rank", "effective_rank", "singular_values")
 
 
 def plain(value: Any) -> Any:
@@ -99,7 +103,7 @@ class MergeReport(Report):
         bytes_read: of the base and the adapters.
         bytes_written: of weights, with headers.
         seconds: wall time.
-        peak_memory: of the whole process so far, in bytes; None where the system does not say.
+        peak_memory: of the whole process so far and of worker processes, in bytes; None where the system does not say.
         survival: what rounding left of the change.
         resumed: steps an interrupted run had done already.
         left_out: files of the base that would have carried the unmerged model along.
@@ -146,6 +150,12 @@ class ModuleInfo:
         dtype: of the stored values, joined with "+" where they differ.
         experts: how many experts the module packs; 1 for an ordinary one.
         blocks: how many blocks of this rank lie side by side in one fused module (q and v of a qkv); 1 usually.
+        norm: Frobenius, of the scaled delta; it and what follows is None unless the spectrum was asked for, and
+            where the module is no plain sum.
+        spectral_norm: the greatest singular value.
+        stable_rank: norm² / spectral_norm².
+        effective_rank: exp of the entropy of the singular values' shares.
+        singular_values: of the scaled delta, falling; of all experts together.
     """
 
     name: str
@@ -158,6 +168,11 @@ class ModuleInfo:
     dtype: str
     experts: int = 1
     blocks: int = 1
+    norm: float | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    singular_values: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +203,7 @@ class InspectReport(Report):
         extras: every tensor that no module claims, and why it is there.
         metadata: of the weight file.
         warnings: what a careful user should read.
+        spectrum: whether the singular values were asked for.
     """
 
     path: str
@@ -205,6 +221,16 @@ class InspectReport(Report):
     extras: tuple[ExtraInfo, ...]
     metadata: dict[str, str]
     warnings: tuple[str, ...]
+    spectrum: bool = field(default=False, metadata={"json": False})
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :class:`Report`; what the spectrum says is there only where it was asked for."""
+        document = Report.to_dict(self)
+        if not self.spectrum:
+            for module in document["modules"]:
+                for name in SPECTRAL:
+                    del module[name]
+        return document
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from loratools.executors.base import make_executor
 from loratools.models import open_base
 from loratools.planning import CopyStep, plan_steps
 from loratools.refs import local_path
-from loratools.running import default_jobs, one_blas_thread, quiet
+from loratools.running import default_jobs, gather, require_files
 from loratools.tensors.base import TensorSpec
 from loratools.verbs.merge import plan_merge
 from loratools.verbs.reports import TensorVerdict, VerificationReport
@@ -49,6 +50,7 @@ def verify(
     blockwise_experts: bool = False,
     jobs: int | None = None,
     executor: str = "threads",
+    device: str = "cpu",
     on_step: Callable[[Step], None] | None = None,
 ) -> VerificationReport:
     """Compare a merged checkpoint, by whomever it was made, with the arithmetic of the merge.
@@ -73,7 +75,8 @@ def verify(
         allow_pickle: read ``.bin`` adapters.
         blockwise_experts: the experts' B is packed expert-slowest.
         jobs: workers; by default the processors at hand, four at most.
-        executor: ``"threads"`` or ``"inline"``.
+        executor: as for :func:`loratools.merge`.
+        device: as for :func:`loratools.merge`.
         on_step: called after each step, for progress.
 
     Returns:
@@ -84,7 +87,7 @@ def verify(
     """
     planned = plan_merge(
         base, adapters, weights=weights, allow_unmatched=allow_unmatched, on_conflict=on_conflict,
-        allow_pickle=allow_pickle, blockwise_experts=blockwise_experts,
+        allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, device=device,
     )  # fmt: skip
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     return verify_merge(planned, merged, workers, on_step=on_step)
@@ -101,21 +104,17 @@ def verify_merge(
     started = time.perf_counter()
     model = open_base(local_path(merged) if isinstance(merged, (str, os.PathLike)) else merged)
     found = model.source
+    for one in (planned.base, model):
+        require_files(executor, one)
     verdicts, outputs = _presence(planned, found)
-    _, steps = plan_steps({"": outputs}, {})
+    _, steps = plan_steps({"": outputs}, {}, planned.device)
     starts = {output.name: output.base for output in outputs if output.base is not None}
     seen: dict[str, Comparison] = {}
 
-    def work(step: Step) -> tuple[Step, dict[str, Comparison]]:
-        with quiet():
-            return step, _compare(step, starts, found)
-
-    with one_blas_thread():
-        for step, parts in executor.map(work, steps):
-            for name, part in parts.items():
-                seen[name] = seen[name] + part if name in seen else part
-            if on_step is not None:
-                on_step(step)
+    compare = partial(_compare, starts=starts, found=found)
+    for parts in gather(compare, steps, executor, on_step=on_step):
+        for name, part in parts.items():
+            seen[name] = seen[name] + part if name in seen else part
     verdicts += [_verdict(name, compared) for name, compared in seen.items()]
     verdicts.sort(key=lambda v: (_SEVERITY.index(v.verdict), v.name))
     label = str(Path(merged)) if isinstance(merged, (str, os.PathLike)) else "the state dict"

@@ -1,0 +1,100 @@
+"""What the commands that write an adapter share: where it goes, in which type and format, and what a dry run says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from loratools.cli.doorway import Misuse
+from loratools.cli.options import FLOATS, REF
+from loratools.cli.text import fields, listed, one_line, say_json, size, warn
+from loratools.errors import Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loratools.cli.settings import Settings
+
+__all__ = ["resolve_out", "show_dry_run", "writing"]
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def _format(ctx: click.Context, param: click.Parameter, value: str) -> str:  # noqa: ARG001 - click's signature
+    if value != "peft":
+        raise Unsupported(
+            f"--to {value} is not in this build", hint="it writes peft: a folder that PEFT loads"
+        )
+    return value
+
+
+def writing(command: F) -> F:
+    """The options ``-o``, ``--dtype``, ``--to``, ``--force``, ``--dry-run`` and ``--no-sync`` of a command.
+
+    The command gets ``output: str | None``, ``dtype: str | None``, ``to: str``, ``force: bool``, ``dry_run: bool`` and
+    ``no_sync: bool``; it declares the argument ``out`` itself, and passes both to :func:`resolve_out`.
+    """
+    options = (
+        click.option("-o", "--output", type=REF, help="OUT, where it is not the last argument."),
+        click.option(
+            "--dtype",
+            type=FLOATS,
+            metavar="TYPE",
+            help="Type of the floats written, such as bf16.  [default: the widest that is read]",
+        ),
+        click.option(
+            "--to",
+            default="peft",
+            metavar="FORMAT",
+            callback=_format,
+            help="Format to write; this build has peft.",
+        ),
+        click.option("--force", is_flag=True, help="Replace OUT, if loratools made it."),
+        click.option(
+            "--dry-run", is_flag=True, help="Say what would be read and written, and touch nothing."
+        ),
+        click.option(
+            "--no-sync", is_flag=True, help="Do not wait for the disk: faster, not safe against power cuts."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def resolve_out(out: str | None, output: str | None, usage: str) -> str:
+    """Where the result goes: the last argument, or what ``-o`` says.
+
+    Args:
+        out: the argument, where the command has one.
+        output: the option.
+        usage: how the command is typed, for the hint: ``loratools reduce REF OUT``.
+
+    Raises:
+        Misuse: neither is given, or both.
+    """
+    if out is not None and output is not None:
+        raise Misuse(f"the result has two places, {out} and {output}", hint=f"{usage}, or -o OUT")
+    place = out if out is not None else output
+    if place is None:
+        raise Misuse("nothing says where the result goes", hint=f"{usage}, or -o OUT")
+    return place
+
+
+def show_dry_run(plan: dict[str, Any], settings: Settings) -> None:
+    """Print what :func:`loratools.verbs.saving.describe_save` returned, or a document with more in it."""
+    warn(plan.get("warnings", ()), settings)
+    if settings.json:
+        say_json(plan)
+        return
+    files = [f"{file['name']} ({size(file['bytes'])})" for file in plan["files"]]
+    click.echo(f"Would write {one_line(plan['output'])}; nothing has been touched")
+    fields(
+        [
+            ("reads", ", ".join(plan["reads"])),
+            ("files", listed(files, settings)),
+            ("bytes", f"{size(plan['bytes_read'])} to read, {size(plan['bytes_written'])} to write"),
+            ("memory", f"{size(plan['peak_memory'])} at most"),
+        ]
+    )

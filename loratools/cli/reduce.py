@@ -1,0 +1,162 @@
+"""``loratools reduce``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratools.cli.doorway import Misuse
+from loratools.cli.options import FINITE, REF, SIZE, computing, pickles, shared
+from loratools.cli.outputs import resolve_out, show_dry_run, writing
+from loratools.cli.tables import show_table
+from loratools.cli.text import counted, fields, listed, one_line, percent, say_json, size, spread, warn
+
+if TYPE_CHECKING:
+    from loratools.cli.settings import Settings
+    from loratools.verbs.reduce_report import ReduceReport
+
+__all__ = ["command", "show_reduction"]
+
+_USAGE = "loratools reduce REF OUT"
+_RULES = {
+    "rank": "--rank", "energy": "--energy", "error": "--error", "params": "--params", "size": "--size",
+    "noise_floor": "--noise-floor",
+}  # fmt: skip
+_TOGETHER_ONLY = ("params", "size")
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("ref", type=REF)
+@click.argument("out", type=REF, required=False)
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of every module.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Share of the sum of squared singular values to keep, such as 0.99.",
+)
+@click.option(
+    "--error",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="SHARE",
+    help="Greatest relative error of the whole, such as 0.05.",
+)
+@click.option("--params", type=click.IntRange(min=1), metavar="N", help="Parameters the result may have.")
+@click.option("--size", "size_", type=SIZE, help="Bytes its weight file may have, such as 20MB.")
+@click.option("--noise-floor", is_flag=True, help="Keep what rounding the stored factors cannot have made.")
+@click.option(
+    "--per-module/--global",
+    "per_module",
+    default=None,
+    help="Judge each module on its own, or find one optimum over all.  "
+    "[default: global for --error, --params and --size]",
+)
+@click.option("--modules", is_flag=True, help="A line for each module.")
+@click.option(
+    "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The adapter_config.json to read it by."
+)
+@click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha, where no file says it.")
+@click.option(
+    "--blockwise-experts",
+    is_flag=True,
+    help="The B of fused experts is packed expert by expert (unsloth before September 2026).",
+)
+@pickles
+@writing
+@computing
+@shared
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    *,
+    ref: str,
+    out: str | None,
+    rank: int | None,
+    energy: float | None,
+    error: float | None,
+    params: int | None,
+    size_: int | None,
+    noise_floor: bool,
+    per_module: bool | None,
+    modules: bool,
+    output: str | None,
+    to: str,  # noqa: ARG001 - checked by the option
+    dry_run: bool,
+    no_sync: bool,
+    **options: Any,
+) -> None:
+    """Bring an adapter to a lower rank, and say exactly what is lost.
+
+    Each module becomes the nearest one of its rank, found from its factors alone. Exactly one of --rank, --energy,
+    --error, --params, --size and --noise-floor says how far to go. What is no delta is carried over as it is.
+
+    \b
+    Examples:
+      loratools reduce my-adapter smaller --rank 16
+      loratools reduce my-adapter smaller --size 10MB
+      loratools reduce my-adapter smaller --error 0.05
+      loratools reduce my-adapter smaller --rank 8 --global --modules
+    """  # noqa: D301 - \b is click's
+    target = resolve_out(out, output, _USAGE)
+    rule = {"rank": rank, "energy": energy, "error": error, "params": params, "size": size_}
+    _require_one({**rule, "noise_floor": noise_floor or None}, per_module)
+    from loratools.verbs.reduce import plan_reduce, reduce
+
+    chosen = {**rule, "noise_floor": noise_floor, "per_module": per_module, **options}
+    if dry_run:
+        show_dry_run(plan_reduce(ref, target, **chosen), settings)
+        return
+    report = reduce(ref, target, sync=not no_sync, **chosen)
+    warn(report.warnings, settings)
+    if settings.json:
+        say_json(report.to_dict())
+    elif not settings.quiet:
+        show_reduction(report, ref, settings, modules=modules)
+
+
+def _require_one(rules: dict[str, Any], per_module: bool | None) -> None:
+    given = [_RULES[name] for name, value in rules.items() if value is not None]
+    if len(given) != 1:
+        said = " and ".join(given) if given else "nothing"
+        raise Misuse(
+            f"{said} says how far to reduce", hint=f"give exactly one of {', '.join(_RULES.values())}"
+        )
+    if per_module and any(rules[name] is not None for name in _TOGETHER_ONLY):
+        raise Misuse(f"{given[0]} is a budget of all modules together", hint="leave --per-module out")
+    if per_module is False and rules["noise_floor"]:
+        raise Misuse("--noise-floor is judged module by module", hint="leave --global out")
+
+
+def show_reduction(report: ReduceReport, ref: str, settings: Settings, *, modules: bool = False) -> None:
+    """Print a report of ``reduce``."""
+    done = click.style("Reduced", fg="green", bold=True)
+    click.echo(f"{done} {one_line(ref)}: {one_line(report.output)}")
+    kept = [one for one in report.modules if one.rank]
+    before = [one.rank_before for one in report.modules if one.rank_before is not None]
+    was = f", from {spread(min(before), max(before))}" if before else ""
+    worst = max(kept, key=lambda one: one.relative_error)
+    lost = f"relative error {report.relative_error:.3g}, {percent(1 - report.relative_error**2)} of the energy kept"
+    most = f"; most in {worst.name}: {worst.relative_error:.3g}" if worst.relative_error else ""
+    shrunk = f"{report.parameters_before:,} before" if report.parameters_before else "none before"
+    pairs = [
+        ("rank", f"{spread(report.rank.min, report.rank.max)}{was}"),
+        ("modules", counted(len(kept), "module")),
+        ("lost", lost + most),
+        ("parameters", f"{report.parameters_after:,}, {shrunk}"),
+        ("size", f"{size(report.bytes_after)} as {report.dtype}, {size(report.bytes_before)} before"),
+        ("time", f"{report.seconds:.2f} s"),
+    ]
+    if report.dropped:
+        pairs.insert(2, ("dropped", listed(list(report.dropped), settings)))
+    fields(pairs)
+    if modules:
+        click.echo()
+        show_table(
+            ["module", ">rank before", ">rank", ">norm", ">relative error"],
+            [
+                (one.name, one.rank_before, one.rank, f"{one.norm:.4g}", f"{one.relative_error:.3g}")
+                for one in report.modules
+            ],
+        )

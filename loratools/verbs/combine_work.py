@@ -1,0 +1,160 @@
+"""What ``combine`` does to one module: read, stack, combine, matrix by matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter import flat_shape
+from loratools.errors import Mismatch, NonFinite
+from loratools.matrices import bias_delta, matrices
+from loratools.pairing import strip
+
+if TYPE_CHECKING:
+    from loratools.adapter import Module
+    from loratools.deltas.lowrank import LowRank
+    from loratools.dtypes import Array
+    from loratools.methods.base import Approximation, Method, Stack
+
+__all__ = ["Combined", "Item", "combine_one"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One module of the result.
+
+    Attributes:
+        name: of it.
+        modules: the adapters' own names and modules, of those that have it.
+        tasks: which adapters these are.
+        weights: what their deltas are multiplied by.
+        rank: that is asked for; None for what the method gives.
+        double: compute and keep float64.
+        kernel: of the convolution, where the base model tells it.
+    """
+
+    name: str
+    modules: tuple[tuple[str, Module], ...]
+    tasks: tuple[int, ...]
+    weights: tuple[float, ...]
+    rank: int | None
+    double: bool
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read for it."""
+        return sum(ref.spec.nbytes for _, module in self.modules for ref in module.tensors.values())
+
+    @property
+    def like(self) -> Module:
+        """The module whose shape and place the result takes over: one that knows its kernel, where there is one."""
+        found = max((module for _, module in self.modules), key=lambda module: len(module.shape))
+        if not self.kernel or len(found.shape) > 2:
+            return found
+        out, into = found.shape
+        return replace(found, shape=(out, into // prod(self.kernel), *self.kernel))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combined:
+    """A module's matrices, in factors.
+
+    Attributes:
+        factors: one delta, or one for each expert.
+        bias: what is added to the bias, (out,); None where nothing is.
+        norm: Frobenius, over the matrices, of what the method defines; None where it was not needed.
+        error: of the factors against that.
+    """
+
+    factors: tuple[LowRank, ...]
+    bias: Array | None
+    norm: float | None
+    error: float
+
+
+def combine_one(item: Item, *, method: Method, options: dict[str, Any], device: str = "cpu") -> Combined:
+    """Combine one module.
+
+    Args:
+        item: which.
+        method: how.
+        options: of the method, settled.
+        device: where the best approximation of a rank is formed.
+
+    Raises:
+        InputError: a factor holds values that are not finite.
+        Mismatch: the adapters pack different numbers of experts.
+        NonFinite: the result is too large for its type.
+    """
+    from loratools.methods.base import Stack
+
+    read = [
+        matrices(module, name, double=item.double or None, fold=not method.legacy)
+        for name, module in item.modules
+    ]
+    counts = {len(found) for found in read}
+    if len(counts) > 1:
+        raise Mismatch(f"{item.name}: the adapters have {' and '.join(map(str, sorted(counts)))} experts")
+    results = []
+    for index, deltas in enumerate(zip(*read, strict=True)):
+        name = strip(item.name) + (f"[{index}]" if len(read[0]) > 1 else "")
+        stack = Stack(name, deltas, item.weights, item.tasks, item.rank, device)
+        results.append(_run(item.name, stack, method, options))
+    norms = [result.norm for result in results]
+    return Combined(
+        factors=tuple(_finite(item.name, result.delta) for result in results),
+        bias=_bias(item, method, options),
+        norm=None if None in norms else _length([norm for norm in norms if norm is not None]),
+        error=_length([result.error for result in results]),
+    )
+
+
+def _run(name: str, stack: Stack, method: Method, options: dict[str, Any]) -> Approximation:
+    import numpy as np
+
+    try:
+        return method.run(stack, **options)
+    except (
+        NonFinite,
+        np.linalg.LinAlgError,
+    ) as error:  # a decomposition fails on nothing but what overflowed
+        raise _too_large(name, stack.deltas[0]) from error
+
+
+def _bias(item: Item, method: Method, options: dict[str, Any]) -> Array | None:
+    """What lora_bias adds: a matrix of one column to a rule that works entry by entry, else the weighted sum."""
+    import numpy as np
+
+    from loratools.deltas.lowrank import LowRank
+    from loratools.methods.base import Stack
+
+    found = [bias_delta(module) for _, module in item.modules]
+    if all(bias is None for bias in found):
+        return None
+    out = flat_shape(item.like.shape)[0]
+    biases = [np.zeros(out, np.float32) if bias is None else bias for bias in found]
+    if method.spaces:
+        columns = tuple(LowRank(bias.reshape(-1, 1), np.ones((1, 1), bias.dtype)) for bias in biases)
+        stack = Stack(f"{strip(item.name)}.bias", columns, item.weights, item.tasks, 1)
+        return method.run(stack, **{**options, "space": "weight"}).delta.rows(0, out).reshape(-1)
+    terms = (bias * bias.dtype.type(weight) for bias, weight in zip(biases, item.weights, strict=True))
+    return sum(terms, np.zeros(out, np.float32))
+
+
+def _length(values: list[float]) -> float:
+    return float(sum(value * value for value in values) ** 0.5)
+
+
+def _finite(name: str, delta: LowRank) -> LowRank:
+    import numpy as np
+
+    flat = (values.reshape(-1) for values in (delta.up, delta.down))
+    if all(np.isfinite(np.dot(one, one)) or np.isfinite(one).all() for one in flat):
+        return delta
+    raise _too_large(name, delta)
+
+
+def _too_large(name: str, delta: LowRank) -> NonFinite:
+    return NonFinite(f"{name}: the result is too large for {delta.up.dtype}", hint="use smaller weights")

@@ -1,0 +1,190 @@
+"""The work of ``reduce`` on one module: its singular values, the rank a rule gives it, its nearest delta of a rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loratools.adapter import Module, flat_shape
+from loratools.deltas.algebra import core
+from loratools.deltas.lowrank import LowRank, expert
+from loratools.deltas.ranks import joined, rank_above, rank_for_energy, rank_for_error, rounding_variances
+from loratools.dtypes import largest, narrow
+from loratools.errors import InputError, NonFinite, Unsupported
+from loratools.matrices import bias_delta, lora_module, matrices
+from loratools.tensors.base import TensorRef, TensorSpec
+from loratools.tensors.memory import from_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from loratools.deltas.algebra import Core
+    from loratools.dtypes import Array, Dtype
+    from loratools.verbs.reduce_rules import Rule
+
+__all__ = ["Item", "Outcome", "least_rank", "of_rank", "reduced", "spectrum", "truncated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One module to work on, and the rank it is to get, where that is known."""
+
+    name: str
+    module: Module
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One module, reduced.
+
+    Attributes:
+        values: the singular values before, descending; of several experts, the i-th of all together.
+        rank: it got.
+        module: the result; None where nothing is left.
+    """
+
+    values: Array
+    rank: int
+    module: Module | None
+
+
+def spectrum(item: Item, device: str = "cpu") -> Array:
+    """The singular values of a module's scaled delta."""
+    return joined([one.values for one in _cores(item, device)])
+
+
+def reduced(item: Item, rule: Rule, dtype: Dtype, device: str = "cpu") -> Outcome:
+    """A module by a rule that looks at nothing else."""
+    cores = _cores(item, device)
+    values = joined([one.values for one in cores])
+    rank = max(_rank(item, rule, cores, values), least_rank(item.module))
+    return Outcome(values, rank, _made(item, cores, rank, dtype) if rank else None)
+
+
+def truncated(item: Item, dtype: Dtype, device: str = "cpu") -> Module:
+    """A module at the rank it was given."""
+    return _made(item, _cores(item, device), item.rank, dtype)
+
+
+def least_rank(module: Module) -> int:
+    """1 where a module must stay because it also adds to a bias; else 0."""
+    return int("up_bias" in module.tensors)
+
+
+def _cores(item: Item, device: str) -> list[Core]:
+    found = matrices(item.module, item.name)
+    return [core(one if device == "cpu" else one.on(device)) for one in found]
+
+
+def _rank(item: Item, rule: Rule, cores: Sequence[Core], values: Array) -> int:
+    if rule.name == "rank":
+        return int(rule.value or 0)
+    if rule.name == "energy":
+        return rank_for_energy(values, rule.value or 0.0)
+    if rule.name == "error":
+        return rank_for_error(values, rule.value or 0.0)
+    return rank_above(values, joined(_noise(item, cores)))
+
+
+# --- the noise floor -----------------------------------------------------------------------------------------
+
+
+def _noise(item: Item, cores: Sequence[Core]) -> list[Array]:
+    """What rounding the factors to their stored type may have made of each component: (k,) for each matrix.
+
+    The delta is off by dB A + B dA. Where the columns of dB and the rows of dA are white noise of deviations b and a,
+    that is, along singular vectors u and v, at most (√out + √r) ‖b A v‖ and (√in + √r) ‖a Bᵀ u‖: the edge of white
+    noise (Marchenko and Pastur).
+    """
+    module = item.module
+    if (
+        module.kind != "lora"
+        or {"up_blocks", "down_blocks"} & module.options.keys()
+        or "diag" in module.tensors
+    ):
+        raise Unsupported(
+            f"{item.name}: the noise floor is known for the two factors of a plain LoRA, and it is {module.kind}",
+            hint="use --energy or --error",
+        )
+    up, down = module.array("up", double=True), module.array("down", double=True)
+    if not all(np.isfinite(values).all() for values in (up, down)):
+        raise InputError(f"{item.name}: a factor holds values that are not finite")
+    up, down = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
+    by_column = np.sqrt(rounding_variances(up, module.tensors["up"].spec.dtype, axis=0))
+    by_row = np.sqrt(rounding_variances(down, module.tensors["down"].spec.dtype, axis=1))
+    noisy_up, noisy_down = up * by_row, down * by_column[:, None]
+    count, blockwise = module.options.get("experts", 1), module.options.get("blockwise", False)
+    found = []
+    for index, one in enumerate(cores):
+        own_up, own_down = noisy_up, noisy_down
+        if count > 1:
+            own_up, own_down = expert(noisy_up, noisy_down, index, count, blockwise=blockwise)
+        rank, scaling = own_down.shape[0], abs(module.scaling or 0.0)
+        edges = [(math.sqrt(side) + math.sqrt(rank)) * scaling for side in one.shape]
+        by_up = edges[0] * np.linalg.norm(own_down @ one.right().T, axis=0)
+        by_down = edges[1] * np.linalg.norm(one.left().T @ own_up, axis=1)
+        found.append(np.hypot(by_up, by_down))
+    return found
+
+
+# --- the result ----------------------------------------------------------------------------------------------
+
+
+def _made(item: Item, cores: Sequence[Core], rank: int, dtype: Dtype) -> Module:
+    factors = [_stored(item.name, one.truncate(rank), dtype) for one in cores]
+    bias = bias_delta(item.module)
+    if bias is not None:
+        bias = _rounded(f"{item.name}: its bias", bias, dtype)
+    return lora_module(item.module, factors, prefix=item.name, bias=bias)
+
+
+def _stored(name: str, factors: LowRank, dtype: Dtype) -> LowRank:
+    """The factors, rounded once to the type they are to be stored in."""
+    return LowRank(_rounded(f"{name}: B", factors.up, dtype), _rounded(f"{name}: A", factors.down, dtype))
+
+
+def _rounded(what: str, values: Array, dtype: Dtype) -> Array:
+    spec = TensorSpec(dtype, values.shape)
+    greatest = float(np.max(np.abs(values), initial=0.0))
+    if not greatest <= largest(dtype):  # and where it is not a number
+        raise NonFinite(
+            f"{what} would hold {greatest:g}, and the largest {dtype} is {largest(dtype):g}",
+            hint="write a wider type: --dtype bf16 or f32",
+        )
+    raw = narrow(np.ascontiguousarray(values), dtype, np.empty(spec.nbytes, np.uint8))
+    rounded: Array = from_bytes(raw, spec, torch_out=False)
+    return rounded
+
+
+class _Shapes:
+    """A source that knows what tensors there will be, and none of their values."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self.specs = specs
+        self.metadata: Mapping[str, str] = {}
+
+    def extent(self, name: str) -> None:
+        """Nowhere."""
+
+
+def of_rank(item: Item, dtype: Dtype) -> Module:
+    """What :func:`truncated` would make, without its values: to see how large a file would be."""
+    out, into = flat_shape(item.module.shape)
+    thin = LowRank(np.zeros((out, 1), np.float32), np.zeros((1, into), np.float32))
+    bias = np.zeros(out, np.float32) if least_rank(item.module) else None
+    made = lora_module(
+        item.module, [thin] * item.module.options.get("experts", 1), prefix=item.name, bias=bias
+    )
+    specs = {}
+    for role, ref in made.tensors.items():
+        shape = list(ref.shape)
+        if role in {"up", "down"}:
+            shape[role == "up"] *= item.rank
+        specs[ref.name] = TensorSpec(dtype, tuple(shape))
+    source = _Shapes(specs)
+    refs = {role: TensorRef(source, ref.name) for role, ref in made.tensors.items()}  # type: ignore[arg-type]
+    return Module("lora", refs, item.rank, float(item.rank), 1.0, made.shape, made.options)
