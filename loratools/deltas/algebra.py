@@ -26,17 +26,16 @@ if TYPE_CHECKING:
     from loratools.dtypes import Array
 
 __all__ = [
-    "Comparison",
     "Core",
     "add",
     "angles",
-    "compare",
     "core",
     "distance",
     "factored",
     "inner",
     "norm",
     "overlap",
+    "singular_values",
 ]
 
 Side = Literal["left", "right"]
@@ -144,61 +143,15 @@ def norm(delta: LowRank) -> float:
     return float(np.linalg.norm(core(delta).values)) if apart else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two deltas: their Frobenius norms, their inner product, and the norm of their difference."""
-
-    norm_a: float
-    norm_b: float
-    inner: float
-    distance: float
-
-
-def compare(a: LowRank, b: LowRank) -> Comparison:
-    """Norms, inner product and distance of two deltas, at the price of one pair of Gram matrices.
-
-    Raises:
-        ShapeMismatch: the deltas are of different shapes.
-    """
-    if a.shape != b.shape:
-        raise ShapeMismatch("the second delta", b.shape, a.shape)
-    a, b = factored(a), factored(b)
-    rank = a.up.shape[1]
-    up = np.concatenate([a.up, b.up], axis=1, dtype=np.float64)
-    down = np.concatenate([a.down, b.down], dtype=np.float64)
-    products = (up.T @ up) * (down @ down.T)
-    own, other = float(products[:rank, :rank].sum()), float(products[rank:, rank:].sum())
-    cross = float(products[:rank, rank:].sum())
-    diagonal = products.diagonal()
-    norm_a = math.sqrt(own) if own > _CANCELLED * float(diagonal[:rank].sum()) else norm(a)
-    norm_b = math.sqrt(other) if other > _CANCELLED * float(diagonal[rank:].sum()) else norm(b)
-    square = own + other - 2 * cross
-    apart = math.sqrt(square) if square > _CANCELLED * float(diagonal.sum()) else _small_distance(a, b)
-    return Comparison(norm_a, norm_b, cross, apart)
-
-
 def distance(a: LowRank, b: LowRank) -> float:
-    """‖A - B‖, to its own digits however close the two are.
+    """‖A - B‖ from the singular values of the difference, so to its own digits however close the two are.
+
+    :func:`loratools.deltas.likeness.compare` says it faster, with norms and overlaps.
 
     Raises:
         ShapeMismatch: the deltas are of different shapes.
     """
-    return compare(a, b).distance
-
-
-def _small_distance(a: LowRank, b: LowRank) -> float:
-    """Of two deltas that nearly agree: B_a A_a - B_b A_b = (B_a - B_b) A_a + B_b (A_a - A_b), which need not cancel."""
-    if a.up.shape == b.up.shape:
-        ups = _double(a.up) - _double(b.up)
-        downs = _double(a.down) - _double(b.down)
-        if not ups.any() and not downs.any():
-            return 0.0
-        up, down = np.concatenate([ups, _double(b.up)], axis=1), np.concatenate([_double(a.down), downs])
-        products = (up.T @ up) * (down @ down.T)
-        square = float(products.sum())
-        if square > _CANCELLED * float(products.diagonal().sum()):
-            return math.sqrt(square)
-    return float(np.linalg.norm(core(_wide(add([(1.0, _wide(a)), (-1.0, _wide(b))]))).values))
+    return float(np.linalg.norm(singular_values(add([(1.0, _wide(a)), (-1.0, _wide(b))]))))
 
 
 def _wide(delta: LowRank) -> LowRank:
@@ -275,39 +228,58 @@ def core(delta: LowRank) -> Core:
     """
     delta = factored(delta)
     kind = np.dtype("f8" if "float64" in f"{delta.up.dtype} {delta.down.dtype}" else "f4")
+    found = _reduced(delta)
+    left, values, right = np.linalg.svd(found.matrix, full_matrices=False)
+    if found.frames is None:
+        return Core(values, left, np.eye(values.size), right, np.eye(values.size), kind)
+    columns, left_map, right_map, rows = found.frames
+    made = Core(values, columns, left_map @ left, rows, right @ right_map, kind)
+    return _padded(made, min(delta.up.shape[1], *delta.shape))
+
+
+def singular_values(delta: LowRank) -> Array:
+    """The values of :func:`core` alone, for less: falling, float64, as many as the rank or the smaller side."""
+    delta = factored(delta)
+    values = np.linalg.svd(_reduced(delta).matrix, compute_uv=False)
+    size = min(delta.up.shape[1], *delta.shape)
+    return np.pad(values, (0, max(0, size - values.size)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reduced:
+    """A matrix with the singular values of a delta, and the way back to its singular vectors.
+
+    Attributes:
+        matrix: no larger than the ranks; the delta itself where these exceed its smaller side.
+        frames: columns (out, p), left map (p, k), right map (k, q) and rows (q, in): columns @ left map and right map @
+            rows are orthonormal, and the delta is the one times ``matrix`` times the other. None for the delta itself.
+    """
+
+    matrix: Array
+    frames: tuple[Array, Array, Array, Array] | None
+
+
+def _reduced(delta: LowRank) -> _Reduced:
     up, down = _double(delta.up), _double(delta.down)
-    if up.shape[1] <= min(delta.shape):
-        ups, downs = from_device(up.T @ up), from_device(down @ down.T)
-        used = (ups.diagonal() > 0) & (downs.diagonal() > 0)
-        if not used.all():  # rank that was only padding, or never trained
-            return _without_padding(delta, used)
-        found = _by_grams(up, down, ups, downs) or _by_qr(from_device(up), from_device(down))
-    else:
-        left, values, right = np.linalg.svd(from_device(up) @ from_device(down), full_matrices=False)
-        found = (values, left, np.eye(values.size), right, np.eye(values.size))
-    return Core(*found, kind)
+    if up.shape[1] > min(delta.shape):
+        return _Reduced(from_device(up) @ from_device(down), None)
+    ups, downs = from_device(up.T @ up), from_device(down @ down.T)
+    used = (ups.diagonal() > 0) & (downs.diagonal() > 0)
+    if not used.all():  # rank that was only padding, or never trained
+        chosen = beside(np.flatnonzero(used), delta.up)
+        return _reduced(LowRank(delta.up[:, chosen], delta.down[chosen]))
+    return _by_grams(up, down, ups, downs) or _by_qr(from_device(up), from_device(down))
 
 
-def _without_padding(delta: LowRank, used: Array) -> Core:
-    chosen = beside(np.flatnonzero(used), delta.up)
-    found = core(LowRank(delta.up[:, chosen], delta.down[chosen]))
-    return _padded(found, min(delta.up.shape[1], *delta.shape))
-
-
-_Parts = tuple["Array", "Array", "Array", "Array", "Array"]
-
-
-def _by_grams(up: Array, down: Array, up_gram: Array, down_gram: Array) -> _Parts | None:
+def _by_grams(up: Array, down: Array, up_gram: Array, down_gram: Array) -> _Reduced | None:
     """With up = Q L_Bᵀ c_B and downᵀ = P L_Aᵀ c_A with Cholesky factors L: the core is L_Bᵀ c_B c_A L_A."""
     up_lengths, down_lengths = np.sqrt(up_gram.diagonal()), np.sqrt(down_gram.diagonal())
     ups = _cholesky(up_gram / np.outer(up_lengths, up_lengths))
-    if ups is None:
+    downs = None if ups is None else _cholesky(down_gram / np.outer(down_lengths, down_lengths))
+    if ups is None or downs is None:
         return None
-    downs = _cholesky(down_gram / np.outer(down_lengths, down_lengths))
-    if downs is None:
-        return None
-    left, values, right = np.linalg.svd((ups[0].T * (up_lengths * down_lengths)) @ downs[0])
-    return values, up, (ups[1].T @ left) / up_lengths[:, None], down, (right @ downs[1]) / down_lengths
+    matrix = (ups[0].T * (up_lengths * down_lengths)) @ downs[0]
+    return _Reduced(matrix, (up, ups[1].T / up_lengths[:, None], downs[1] / down_lengths, down))
 
 
 def _cholesky(gram: Array) -> tuple[Array, Array] | None:
@@ -321,11 +293,11 @@ def _cholesky(gram: Array) -> tuple[Array, Array] | None:
     return (lower, inverse) if condition < _GRAM_CONDITION else None
 
 
-def _by_qr(up: Array, down: Array) -> _Parts:
-    left_basis, left_core = np.linalg.qr(up)
-    right_basis, right_core = np.linalg.qr(down.T)
-    left, values, right = np.linalg.svd(left_core @ right_core.T)
-    return values, left_basis, left, right_basis.T, right
+def _by_qr(up: Array, down: Array) -> _Reduced:
+    columns, left = np.linalg.qr(up)
+    rows, right = np.linalg.qr(down.T)
+    own = np.eye(left.shape[0])
+    return _Reduced(left @ right.T, (columns, own, own, rows.T))
 
 
 def _padded(found: Core, size: int) -> Core:

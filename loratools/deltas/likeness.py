@@ -8,7 +8,7 @@ difference (:mod:`loratools.deltas.algebra`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import ShapeMismatch
@@ -123,7 +123,7 @@ def compare(a: LowRank, b: LowRank, *, overlap: bool = True) -> Likeness:
     inner, size = product(mine, theirs, a.scaling * b.scaling)
     squared = square_a + square_b - 2 * inner
     noise = _ROUNDING * (size_a + size_b + 2 * size)
-    distance = math.sqrt(squared) if squared * _ACCURATE > noise else _exact_distance(a, b, downs)
+    distance = math.sqrt(squared) if squared * _ACCURATE > noise else _exact_distance(a, b)
     norm_a, norm_b = (
         math.sqrt(square) if square * _ACCURATE > _ROUNDING * terms else _exact_norm(delta)
         for square, terms, delta in ((square_a, size_a, a), (square_b, size_b, b))
@@ -205,7 +205,7 @@ def _gram(one: Array, other: Array) -> Array:
     return gram
 
 
-def _exact_distance(a: LowRank, b: LowRank, downs: Array) -> float:
+def _exact_distance(a: LowRank, b: LowRank) -> float:
     """‖A - B‖ where the Gram matrices cancel; nothing to compute where the factors are the same.
 
     Whatever M (rank_b, rank_a) is, up_a down_a - up_b down_b = (up_a - up_b M) down_a - up_b (down_b - M down_a). With
@@ -216,20 +216,26 @@ def _exact_distance(a: LowRank, b: LowRank, downs: Array) -> float:
 
     from loratools.deltas.algebra import distance
 
+    a, b = _without_padding(a), _without_padding(b)
     if a.scaling == b.scaling and np.array_equal(a.up, b.up) and np.array_equal(a.down, b.down):
         return 0.0
-    rank = a.up.shape[1]
-    try:
-        fit = np.linalg.solve(downs[:rank, :rank], downs[:rank, rank:]).T
-    except np.linalg.LinAlgError:
-        return distance(a, b)
     ups = [d.up.astype(np.float64) * d.scaling for d in (a, b)]
     own, other = (d.down.astype(np.float64) for d in (a, b))
+    try:
+        fit = np.linalg.solve(own @ own.T, own @ other.T).T
+    except np.linalg.LinAlgError:
+        return distance(a, b)
     terms = _gram(ups[0] - ups[1] @ fit, -ups[1]) * _gram(own.T, (other - fit @ own).T)
     squared = float(terms.sum())
     if squared * _ACCURATE > _ROUNDING * float(abs(terms).sum()):
         return math.sqrt(squared)
     return distance(a, b)
+
+
+def _without_padding(delta: LowRank) -> LowRank:
+    """The same delta without the rank that adds nothing."""
+    used = delta.up.any(axis=0) & delta.down.any(axis=1)
+    return delta if used.all() else replace(delta, up=delta.up[:, used], down=delta.down[used])
 
 
 def _exact_norm(a: LowRank) -> float:

@@ -117,11 +117,11 @@ def _spectrum(item: _Item) -> dict[str, Any]:
     """What the singular values of a module's matrices say, of several experts together."""
     import numpy as np
 
-    from loratools.deltas.algebra import core
+    from loratools.deltas.algebra import singular_values
     from loratools.deltas.measures import effective_rank, frobenius_norm, spectral_norm, stable_rank
     from loratools.matrices import matrices
 
-    each = [core(one).values for one in matrices(item.module, item.name)]
+    each = [singular_values(one) for one in matrices(item.module, item.name)]
     values = each[0] if len(each) == 1 else np.sort(np.concatenate(each))[::-1]
     return {
         "norm": frobenius_norm(values),

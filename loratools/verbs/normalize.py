@@ -485,7 +485,7 @@ def _rounded(item: Work, truth: LowRank, rank: int | None, dtype: str, unit: flo
 def _as_stored(
     item: Work, factors: LowRank, truth: LowRank, dtype: str, unit: float
 ) -> tuple[LowRank, float]:
-    from loratools.deltas.algebra import compare
+    from loratools.deltas.likeness import compare
     from loratools.deltas.lowrank import LowRank
 
     kept = LowRank(_through(item.name, factors.up, dtype), _through(item.name, factors.down, dtype))

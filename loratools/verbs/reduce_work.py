@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratools.adapter import Module, flat_shape
-from loratools.deltas.algebra import core
+from loratools.deltas.algebra import core, singular_values
 from loratools.deltas.lowrank import LowRank, expert
 from loratools.deltas.ranks import joined, rank_above, rank_for_energy, rank_for_error, rounding_variances
 from loratools.dtypes import largest, narrow
@@ -54,7 +54,7 @@ class Outcome:
 
 def spectrum(item: Item, device: str = "cpu") -> Array:
     """The singular values of a module's scaled delta."""
-    return joined([one.values for one in _cores(item, device)])
+    return joined([singular_values(one) for one in _deltas(item, device)])
 
 
 def reduced(item: Item, rule: Rule, dtype: Dtype, device: str = "cpu") -> Outcome:
@@ -76,8 +76,12 @@ def least_rank(module: Module) -> int:
 
 
 def _cores(item: Item, device: str) -> list[Core]:
+    return [core(one) for one in _deltas(item, device)]
+
+
+def _deltas(item: Item, device: str) -> list[LowRank]:
     found = matrices(item.module, item.name)
-    return [core(one if device == "cpu" else one.on(device)) for one in found]
+    return [one if device == "cpu" else one.on(device) for one in found]
 
 
 def _rank(item: Item, rule: Rule, cores: Sequence[Core], values: Array) -> int:
