@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +62,16 @@ started = time.perf_counter()
 for name in [n for n in base if ".layers.0." in n and n.endswith("_proj.weight")]:
     extract_linear((tuned[name].float() - base[name].float()), mode="fixed", mode_param=int(sys.argv[3]), device="cpu")
 print(time.perf_counter() - started)
+"""
+
+
+# A small process to start others from: what a process has held at most counts what it was forked from.
+STOPWATCH = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - started, os.waitstatus_to_exitcode(status), usage.ru_maxrss, file=sys.stderr)
 """
 
 
@@ -171,14 +180,14 @@ def adapter(data: Path, shape: Shape, rank: int, seed: int) -> Path:
 
 def timed(command: list[str], allowed: tuple[int, ...] = (0,)) -> tuple[float, float]:
     """Seconds of a whole process, and the megabytes it held at most."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read() if process.stderr else b""
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if os.waitstatus_to_exitcode(status) not in allowed:
-        raise SystemExit(f"{' '.join(command[:4])} failed: {errors.decode()[-800:]}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    done = subprocess.run(
+        [sys.executable, "-c", STOPWATCH, *command], capture_output=True, text=True, check=False
+    )
+    *errors, last = done.stderr.splitlines()
+    seconds, code, held = last.split()
+    if int(code) not in allowed:
+        raise SystemExit(f"{' '.join(command[:4])} failed: {' '.join(errors)[-800:]}")
+    return float(seconds), float(held) * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def excess(base: Path, tuned: Path, out: Path, rank: int) -> str:

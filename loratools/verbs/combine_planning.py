@@ -1,0 +1,197 @@
+"""What ``combine`` combines with what: adapters, weights and modules, what it refuses and what it warns of."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter import Adapter, flat_shape
+from loratools.errors import Mismatch, Unsupported
+from loratools.formats.opening import open_adapter
+from loratools.matrices import require_delta
+from loratools.models import open_base
+from loratools.refs import local_path
+from loratools.verbs.combine_work import Item
+from loratools.verbs.saving import input_paths, widest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from loratools.adapter import Module
+    from loratools.models import BaseModel
+    from loratools.pairing import Pairing
+    from loratools.verbs.combine_report import CombinedExtra
+
+__all__ = [
+    "Ref",
+    "find_warnings",
+    "list_inputs",
+    "list_items",
+    "open_adapters",
+    "open_model",
+    "require_apart",
+    "require_deltas",
+    "require_rank",
+    "settle_weights",
+]
+
+Ref = str | os.PathLike[str]
+
+
+def open_adapters(
+    adapters: Ref | Adapter | Sequence[Ref | Adapter], *, allow_pickle: bool, blockwise: bool
+) -> tuple[Adapter, ...]:
+    """Open each that is not open yet.
+
+    Raises:
+        Unsupported: there is none, or one is not a plain sum.
+    """
+    several = [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else list(adapters)
+    if not several:
+        raise Unsupported("there is nothing to combine", hint="name one adapter or more")
+    opened = tuple(
+        open_adapter(one, allow_pickle=allow_pickle, blockwise_experts=blockwise)
+        if isinstance(one, (str, os.PathLike))
+        else one
+        for one in several
+    )
+    for adapter in opened:
+        adapter.require_computable()
+    return opened
+
+
+def settle_weights(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite number for each adapter.
+
+    Raises:
+        Unsupported: another count of them, or one that is not finite.
+    """
+    if weights is None:
+        return (1.0,) * count
+    given = [float(one) for one in ([weights] if isinstance(weights, (int, float)) else weights)]
+    if given and len(given) != count:
+        raise Unsupported(
+            f"{len(given)} weight{'s' * (len(given) != 1)} for {count} adapter{'s' * (count != 1)}",
+            hint="give one for each, in their order",
+        )
+    for number, weight in enumerate(given, 1):
+        if not math.isfinite(weight):
+            raise Unsupported(f"weight {number} is {weight}, not a finite number")
+    return tuple(given) or (1.0,) * count
+
+
+def require_rank(rank: int | None) -> None:
+    """Refuse a rank that leaves nothing."""
+    if rank is not None and rank < 1:
+        raise Unsupported(f"rank {rank} leaves nothing", hint="a rank is 1 or more")
+
+
+def list_inputs(adapters: Sequence[Adapter], base: Ref | Mapping[str, Any] | None) -> list[Path]:
+    """What an output must not touch."""
+    found = [path for adapter in adapters for path in input_paths(adapter)]
+    return found if base is None or isinstance(base, Mapping) else [*found, local_path(base)]
+
+
+def open_model(base: Ref | Mapping[str, Any]) -> BaseModel:
+    """The model whose names match the adapters, from its headers."""
+    return open_base(base if isinstance(base, Mapping) else local_path(base))
+
+
+def require_deltas(adapters: tuple[Adapter, ...], pairing: Pairing) -> None:
+    """Refuse a module that is more than an added delta."""
+    for slots in pairing.modules.values():
+        for adapter, slot in zip(adapters, slots, strict=True):
+            if slot is not None:
+                require_delta(f"{adapter.name}: {slot[0]}", slot[1])
+
+
+def list_items(
+    adapters: tuple[Adapter, ...],
+    pairing: Pairing,
+    weights: tuple[float, ...],
+    rank: int | None,
+    base: BaseModel | None,
+) -> tuple[Item, ...]:
+    """The modules of the result, each with the adapters' own and their weights.
+
+    Raises:
+        Mismatch: a module has another number of experts in another adapter, or is an embedding in one only.
+        Unsupported: there are none.
+    """
+    double = widest(adapters) == "F64"
+    items = []
+    for name, slots in pairing.modules.items():
+        having = [(task, slot) for task, slot in enumerate(slots) if slot is not None]
+        modules = tuple(slot for _, slot in having)
+        _require_experts(name, [module for _, module in modules])
+        tasks = tuple(task for task, _ in having)
+        factors = tuple(weights[task] for task in tasks)
+        kernel = _kernel(name, modules[0][1], base)
+        items.append(Item(name, modules, tasks, factors, rank, double, kernel))
+    if not items:
+        raise Unsupported(
+            f"{adapters[0].name} has no modules; there is nothing to combine",
+            hint="loratools inspect says what it holds",
+        )
+    return tuple(items)
+
+
+def _kernel(name: str, module: Module, base: BaseModel | None) -> tuple[int, ...]:
+    """A convolution's kernel, from the base: AdaLoRA, LoHa and LoKr may store its factors flat."""
+    spec = None if base is None else base.source.specs.get(f"{name}.weight")
+    if spec is None or "experts" in module.options or flat_shape(spec.shape) != flat_shape(module.shape):
+        return ()
+    return spec.shape[2:]
+
+
+def _require_experts(name: str, modules: list[Module]) -> None:
+    counts = {module.options.get("experts", 1) for module in modules}
+    if len(counts) > 1:
+        raise Mismatch(f"{name}: the adapters have {' and '.join(map(str, sorted(counts)))} experts")
+    kinds = {bool(module.options.get("embedding")) for module in modules}
+    if len(kinds) > 1:
+        raise Mismatch(f"{name}: one adapter has it as an embedding and another one does not")
+
+
+def require_apart(adapters: tuple[Adapter, ...], pairing: Pairing) -> None:
+    """Refuse a weight that one adapter adds to and another one replaces: the order would matter."""
+    owners = {f"{name}.weight": name for name in pairing.modules}
+    for name, slots in pairing.extras.items():
+        for index, slot in enumerate(slots):
+            module = pairing.modules.get(owners.get(name, ""))
+            if slot is None or slot[1].role != "replacement" or module is None or module[index] is not None:
+                continue
+            other = next(task for task, one in enumerate(module) if one is not None)
+            raise Mismatch(
+                f"{adapters[index].name} replaces {name}, to which {adapters[other].name} adds a delta",
+                hint="merge them into the base one after the other",
+            )
+
+
+def find_warnings(
+    adapters: tuple[Adapter, ...], pairing: Pairing, extras: tuple[CombinedExtra, ...]
+) -> tuple[str, ...]:
+    """What a careful user should read: the adapters' own warnings, then those of their combination."""
+    found = [f"{adapter.name}: {warning}" for adapter in adapters for warning in adapter.warnings]
+    for adapter, strange in zip(adapters, pairing.unplaced, strict=True):
+        if strange:
+            rest = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            found.append(f"{adapter.name}: {strange[0]}{rest} not found in the base; matched by name")
+    bases = {adapter.config.base_model for adapter in adapters if adapter.config.base_model}
+    if len(bases) > 1:
+        found.append(f"the adapters name different base models: {', '.join(sorted(bases))}")
+    if len(adapters) > 1 and not pairing.common:
+        shared = sum(sum(slot is not None for slot in slots) > 1 for slots in pairing.modules.values())
+        if not shared:
+            found.append("no module is in more than one adapter; the result has them side by side")
+    for rule, taken in (
+        ("first", "the first adapter's were taken"),
+        ("average", "their weighted mean was taken"),
+    ):
+        if names := [extra.name for extra in extras if extra.rule == rule]:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found.append(f"the adapters differ in {names[0]}{rest}: {taken}")
+    return tuple(found)
