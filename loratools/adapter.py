@@ -184,7 +184,7 @@ def _low_rank(module: Module, double: bool) -> LowRank:
         up = block_diagonal(up, blocks)
     if "diag" in module.tensors:
         up = up * module.array("diag", double)
-    return LowRank(up, down, module.scaling or 0.0).folded()
+    return LowRank(up, down, module.scaling or 0.0)
 
 
 def _lora(module: Module, double: bool) -> Update:

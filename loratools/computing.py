@@ -193,6 +193,8 @@ def _moved(placed: _Placed, device: str) -> _Placed:
 def _load_term(term: Term, height: int, width: int, double: bool) -> _Placed:
     target = term.target
     update = term.module.load(term.part, target.delta_index, double=double)
+    if isinstance(update, LowRank):
+        update = update.folded()
     if target.delta_rows is not None or target.delta_cols is not None:
         update = _as_delta(update).part(target.delta_rows, target.delta_cols)
     if target.transposed:

@@ -529,3 +529,10 @@ def test_only_who_asks_for_processes_loads_them(tmp_path, base, adapter, program
     found = set(done.stdout.rpartition("LOADED ")[2].split())
     assert "sys" in found
     assert not found & {"multiprocessing.context", "loratools.executors.processes", "torch"}
+
+
+@pytest.mark.parametrize("name", ["inline", "threads", "processes"])
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_no_worker_at_all_is_refused(name, jobs):
+    with pytest.raises(Unsupported, match="one worker at least"):
+        make_executor(name, jobs)

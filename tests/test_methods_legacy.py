@@ -147,9 +147,12 @@ def test_of_equal_magnitudes_the_first_are_kept() -> None:
     assert found.up.tolist() == [[1, 1], [0, 0]]
 
 
+@pytest.mark.parametrize("alphas", [(6, 7), (8, 2)])  # scalings 1.5 and 1.75; powers of two
 @pytest.mark.parametrize("method", ["linear", "ties"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_combine_gives_pefts_tensors_from_file_to_memory(kind: str, method: str, tmp_path: Any) -> None:
+def test_combine_gives_pefts_tensors_from_file_to_memory(
+    kind: str, method: str, alphas: tuple[int, int], tmp_path: Any
+) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -161,7 +164,7 @@ def test_combine_gives_pefts_tensors_from_file_to_memory(kind: str, method: str,
               "conv": torch.nn.Conv2d(INTO, OUT, 3)}  # fmt: skip
     model: Any = torch.nn.Sequential()
     model.add_module("fc", layers[kind])
-    alphas, weights = (6, 7), (0.7, -0.45)
+    weights = (0.7, -0.45)
     for name, alpha in zip(("one", "two"), alphas, strict=True):
         config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["fc"])
         if name == "one":

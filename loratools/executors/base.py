@@ -40,8 +40,10 @@ def make_executor(name: str, jobs: int) -> Executor:
     """An executor by name: ``inline``, ``threads`` or ``processes``.
 
     Raises:
-        Unsupported: one this build does not have.
+        Unsupported: one this build does not have, or without a worker.
     """
+    if jobs < 1:
+        raise Unsupported(f"jobs is {jobs!r}; there must be one worker at least")
     from loratools.executors.inline import Inline
     from loratools.executors.threads import Threads
 
