@@ -159,9 +159,7 @@ class OverBudget(LoratoolsError, MemoryError):
     """The plan needs more memory than ``max_memory`` allows; nothing has been read."""
 
     def __init__(self, needed: int, allowed: int, *, hint: str | None = None) -> None:
-        super().__init__(
-            f"this needs {needed / 1e6:.0f} MB of memory, {allowed / 1e6:.0f} MB are allowed", hint=hint
-        )
+        super().__init__(f"this needs {size(needed)} of memory, {size(allowed)} are allowed", hint=hint)
         self.needed = needed
         self.allowed = allowed
 

@@ -154,6 +154,8 @@ class Survey:
         wholes: everything else that may have changed.
         task: what PEFT calls it, as far as the name of the model's class tells.
         tied: what the input embedding is called that is the output embedding too, in both; None if there is none.
+        head: what that output embedding is called.
+        head_bias: what its bias is called, and the bias after training, where it is another name of one elsewhere.
         transposed: every linear weight is stored (in, out).
         warnings: what a careful user should read.
     """
@@ -162,6 +164,8 @@ class Survey:
     wholes: tuple[Whole, ...]
     task: str | None
     tied: str | None
+    head: str | None
+    head_bias: tuple[str, TensorRef] | None
     transposed: bool
     warnings: tuple[str, ...] = field(default=())
 
@@ -191,6 +195,8 @@ def survey(
         _require_floats(model)
     names = _Pairs(base, tuned, _patterns("include", include), _patterns("exclude", exclude))
     names.require_common()
+    if full_tensors != "all":
+        names.require_included()
     sorter = _Sorter(names, full_tensors)
     for path, group in names.by_owner().items():
         sorter.module(path, group)
@@ -200,6 +206,8 @@ def survey(
         wholes=tuple(sorter.wholes),
         task=names.task,
         tied=None if names.embedding is None else names.memory(names.embedding),
+        head=None if names.head is None else names.memory(names.head),
+        head_bias=names.head_bias,
         transposed=bool(linear) and all(one.transposed for one in linear),
         warnings=tuple(sorter.warnings),
     )
@@ -305,6 +313,15 @@ class _Pairs:
                 hint="is this the base it was trained from? --exclude leaves tensors out",
             )
 
+    def require_included(self) -> None:
+        """Refuse an expression that was meant to choose tensors and is found in none of their names."""
+        for pattern in self.include:
+            if not any(pattern.search(name) for name in self.names):
+                raise Unsupported(
+                    f"--include {pattern.pattern!r} is found in no tensor's name",
+                    hint=f"names are such as {next(iter(self.names))}",
+                )
+
     def by_owner(self) -> dict[str, dict[str, str]]:
         """For each module the names of its parameters, by their last component."""
         groups: dict[str, dict[str, str]] = {}
@@ -317,6 +334,16 @@ class _Pairs:
     def memory(self, name: str) -> str:
         """What a stored tensor is called in the model."""
         return next(iter(spell([name], self.dialect)))
+
+    @property
+    def head_bias(self) -> tuple[str, TensorRef] | None:
+        """The bias that is tied along with the output embedding: its name in the model, and its values after."""
+        tie = self.base.tie
+        if not self.tied or tie is None or tie.bias is None:
+            return None
+        name, stored = tie.bias
+        after = self.after(stored)
+        return None if after is None else (self.memory(name), after)
 
     def has_experts(self, parent: str) -> bool:
         """Whether a module keeps experts beside the one in question."""

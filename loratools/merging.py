@@ -15,7 +15,7 @@ from loratools.tensors.base import TensorRef, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from loratools.adapter import Adapter
+    from loratools.adapter import Adapter, Module
     from loratools.dtypes import Dtype
     from loratools.models import BaseModel, Tie
     from loratools.targets import Binding
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Conflict", "Merged", "merge_tensors"]
 
 Conflict = Literal["error", "first", "last"]
+_BLOCK = 1 << 22  # values that are compared at a time
 _TIED_SCALE = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"}
 
 
@@ -80,7 +81,8 @@ def merge_tensors(
     added = sorter.added({*outputs, *tie.shared()})
     for name in added:
         outputs[name], homes[name] = sorter.output(name, None), None
-    outputs |= {name: tie.like_embedding(outputs, name) for name in tie.shared() if name in outputs}
+    outputs |= {name: tie.like_embedding(outputs, name) for name in tie.shared()[:1] if name in outputs}
+    _require_tokens(base.tie, outputs)
     resized = _resized(base, outputs, sorter)
     if dtype is not None:
         outputs = {name: _cast(output, dtype) for name, output in outputs.items()}
@@ -312,6 +314,23 @@ def _resized(base: BaseModel, outputs: Mapping[str, Output], sorter: _Sorter) ->
     raise AssertionError(changed)
 
 
+def _require_tokens(tie: Tie | None, outputs: Mapping[str, Output]) -> None:
+    """Refuse to part tied embeddings of which only one has been resized.
+
+    Raises:
+        Mismatch: both are named.
+    """
+    if tie is None or tie.head not in outputs:
+        return
+    embedding, head = (outputs[name].spec.shape[0] for name in (tie.embedding, tie.head))
+    if embedding != head:
+        raise Mismatch(
+            "the tied embeddings would have different numbers of tokens: "
+            f"{tie.embedding} {embedding}, {tie.head} {head}",
+            hint="the adapter resizes one of the two; save both with it (modules_to_save)",
+        )
+
+
 def _cast(output: Output, dtype: Dtype) -> Output:
     if not compatible(output.spec.dtype):
         return output
@@ -364,8 +383,10 @@ class _Tied:
         return new + ([self.tie.bias] if self.tie.bias else [])
 
     def shared(self) -> list[str]:
-        """The output embedding, where it goes on being another name of the input embedding."""
-        return [] if self.tie is None or self.apart else [self.tie.head]
+        """The output embedding and its bias, where they go on being other names of tensors elsewhere."""
+        if self.tie is None or self.apart:
+            return []
+        return [self.tie.head, *self.tie.bias[:1]] if self.tie.bias else [self.tie.head]
 
     def like_embedding(self, outputs: Mapping[str, Output], head: str) -> Output:
         """The output embedding, where the checkpoint stores it although it is one with the input embedding."""
@@ -393,7 +414,52 @@ def _shares(binding: Binding, tie: Tie) -> bool:
     """Whether one tensor goes on serving both: their changes were trained as one, or they were saved untrained."""
     touched = {name for name in (tie.embedding, tie.head) if _touches(binding, name)}
     trained = {name for name in touched if name in binding.terms or name not in binding.saved}
-    return not trained or (binding.keeps_tie and len(touched) == 2)
+    if not trained:
+        return True
+    return binding.keeps_tie and len(touched) == 2 and (_tied_by_peft(tie) or _equal(binding, tie))
+
+
+def _tied_by_peft(tie: Tie) -> bool:
+    """Whether PEFT heeds ``ensure_weight_tying``: it goes by what one of the two is called."""
+    return any(
+        name.split(".")[-2:-1] in (["embed_tokens"], ["lm_head"]) for name in (tie.embedding, tie.head)
+    )
+
+
+def _equal(binding: Binding, tie: Tie) -> bool:
+    """Whether an adapter changes both alike, by its values."""
+    whole = [binding.replacements.get(name) for name in (tie.embedding, tie.head)]
+    if whole[0] is not None and whole[1] is not None:
+        return _same_bytes(whole[0], whole[1])
+    terms = [binding.terms.get(name, ()) for name in (tie.embedding, tie.head)]
+    if any(len(one) != 1 for one in terms):
+        return False
+    return _mirrored(terms[0][0].module, terms[1][0].module)
+
+
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    if one.spec != other.spec:
+        return False
+    stops = range(_BLOCK, one.spec.count + _BLOCK, _BLOCK)
+    spans = [(stop - _BLOCK, min(stop, one.spec.count)) for stop in stops]
+    return all(
+        (one.source.read_bytes(one.name, *span) == other.source.read_bytes(other.name, *span)).all()
+        for span in spans
+    )
+
+
+def _mirrored(embedding: Module, head: Module) -> bool:
+    """Whether two LoRAs have the same factors, in the order an input and an output embedding have them."""
+    pairs = (("down", "up"), ("up", "down"))
+    if len(embedding.tensors) != 2 or len(head.tensors) != 2 or embedding.scaling != head.scaling:
+        return False
+    for one, other in pairs:
+        if one not in embedding.tensors or other not in head.tensors:
+            return False
+        mine, theirs = embedding.tensors[one].load(), head.tensors[other].load().T
+        if mine.shape != theirs.shape or not (mine == theirs).all():
+            return False
+    return True
 
 
 def _touches(binding: Binding, name: str) -> bool:

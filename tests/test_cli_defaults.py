@@ -202,3 +202,58 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["formats"])
     assert result.exit_code == 3
     assert "is not TOML" in result.stderr
+
+
+# --- options that exclude each other ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reduced(monkeypatch, tmp_path, demo_files):
+    """What ``reduce`` says of itself, with a file of defaults, an environment and what is typed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*typed: str, file: str = "", **env: str):
+        (tmp_path / "loratools.toml").write_text(file)
+        variables = {f"LORATOOLS_REDUCE_{name}": value for name, value in env.items()}
+        arguments = ["reduce", str(demo_files.adapter), "out", "--dry-run", "--json", *typed]
+        return CliRunner().invoke(app, arguments, env=variables)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("typed", "file", "env", "expected"),
+    [
+        (["--energy", "0.9"], "", {"RANK": "2"}, ("energy", 0.9, "per module")),
+        (["--error", "0"], "rank = 2", {"ENERGY": "0.5"}, ("error", 0.0, "global")),
+        (["--rank", "1"], "noise-floor = true", {}, ("rank", 1, "per module")),
+        (["--noise-floor"], "rank = 1\nper-module = false", {}, ("noise_floor", None, "per module")),
+        (["--size", "1MB"], "per-module = true", {}, ("size", 1_000_000, "global")),
+        ([], "energy = 0.5", {"SIZE": "1MB"}, ("size", 1_000_000, "global")),
+        ([], "rank = 2\nper-module = false", {}, ("rank", 2, "global")),
+    ],
+)
+def test_what_is_typed_displaces_defaults_of_its_alternatives(reduced, typed, file, env, expected):
+    result = reduced(*typed, file=f"[reduce]\n{file}\n", **env)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["rule"], document["value"], document["scope"]) == expected
+
+
+def test_defaults_that_exclude_each_other_are_named_with_their_origin(reduced):
+    result = reduced(file="[reduce]\nrank = 2\nenergy = 0.5\n")
+    assert result.exit_code == 2
+    assert "--rank (from loratools.toml) and --energy (from loratools.toml) say how far" in result.stderr
+    result = reduced(RANK="2", ENERGY="0.5")
+    assert "--rank (from the environment: LORATOOLS_REDUCE_RANK) and --energy (from" in result.stderr
+    assert "(from" not in reduced("--rank", "2", "--energy", "0.5").stderr
+    result = reduced(file="[reduce]\nsize = '1MB'\nper-module = true\n")
+    assert "leave --per-module (from loratools.toml) out" in result.stderr
+
+
+def test_weights_from_a_file_are_said_to_be_from_there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loratools.toml").write_text("[merge]\nweight = [0.7, 0.3]\n")
+    result = CliRunner().invoke(app, ["merge", "base", "a", "out"])
+    assert result.exit_code == 2
+    assert "-w was given 2 times (from loratools.toml) for 1 adapter" in result.stderr

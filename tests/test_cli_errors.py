@@ -36,6 +36,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (Unsupported("a quantised base: gptq"), "a quantised base: gptq"),
         (OutputExists("out exists"), "out exists"),
         (OverBudget(60_000_000, 1_000_000), "this needs 60 MB of memory, 1 MB are allowed"),
+        (OverBudget(2_100, 10), "this needs 2.1 kB of memory, 10 bytes are allowed"),
         (Incomplete("out.part: the disk is full"), "out.part: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "out: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),

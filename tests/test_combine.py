@@ -20,8 +20,10 @@ from loratools.cli.app import app
 from loratools.errors import InputError, Mismatch, NonFinite, OutputExists, OverBudget, Unsupported
 from loratools.matrices import matrices
 from loratools.methods import METHODS
+from loratools.planning import RUNTIME_BYTES
 from loratools.verbs.combine import combine, plan_combine
 from tests.helpers import digest, make_adapter, write_adapter
+from tests.small import write_small_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -356,6 +358,17 @@ def test_weights_are_one_for_each_adapter(weights: Any) -> None:
         combine([small(), small(1)], weights=weights)
 
 
+@pytest.mark.parametrize("weights", ["0.5", ["0.5", 1], [1, None], {"a": 1, "b": 2}, object()])
+def test_weights_are_numbers(weights: Any) -> None:
+    with pytest.raises(Unsupported, match="is no number"):
+        combine([small(), small(1)], weights=weights)
+
+
+def test_a_single_weight_may_be_of_any_numeric_type() -> None:
+    for weight in (2, 2.0, np.float32(2), np.int64(2), np.array([2.0])):
+        assert combine([small()], weights=weight).weights == (2.0,)
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_weights_are_finite(weight: float) -> None:
     with pytest.raises(Unsupported, match="weight 2 is"):
@@ -431,6 +444,59 @@ def test_different_bases_are_said() -> None:
 def test_memory_is_counted_before_anything_is_read() -> None:
     with pytest.raises(OverBudget):
         combine([small(), small(1)], max_memory=1000)
+
+
+def test_the_memory_counted_covers_the_process() -> None:
+    """As every verb counts it: the interpreter and numpy are there before the first array."""
+    assert plan_combine([small(), small(1)]).peak_bytes(1) > RUNTIME_BYTES
+
+
+def test_a_flat_kind_that_may_be_a_convolution_is_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 27), "hada_w2_a": (4, 2), "hada_w2_b": (2, 27)}
+    tensors = {f"conv.{role}": rng.standard_normal(size).astype("f4") for role, size in sizes.items()}
+    loha = lt.load(tensors, config={"peft_type": "LOHA", "r": 2, "alpha": 2})
+    words = "conv is loha and becomes a plain LoRA; its file does not tell a linear layer from a convolution"
+    assert any(words in warning for warning in combine([loha]).warnings)
+    for shape in ((4, 3, 3, 3), (4, 27)):
+        told = combine([loha], base={"conv.weight": np.zeros(shape, "f4")})
+        assert told.adapter.modules["conv"].shape == shape
+        assert not any("loha" in warning for warning in told.warnings)
+    beside = small(shapes={"conv": (4, 27)})  # which is no convolution
+    assert not any("loha" in warning for warning in combine([beside, loha]).warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [({}, 4), ({"method": "ties", "space": "weight"}, 8), ({"method": "ties", "space": "core"}, 4)],
+    ids=["linear", "ties, weights", "ties, core"],
+)
+def test_a_rank_that_nothing_has_is_said(options: dict[str, Any], limit: int) -> None:
+    shapes = {"q": (12, 8), "k": (12, 8)}
+    adapters = [small(shapes=shapes), small(1, shapes=shapes)]
+    over = combine(adapters, rank=limit + 1, **options)
+    assert (
+        f"q is raised from rank {limit} to {limit + 1}, with zeros that change nothing (and 1 more are)"
+        in (over.warnings)
+    )
+    assert np.linalg.matrix_rank(dense(over.adapter)["q"]) <= limit
+    assert not any("raised" in warning for warning in combine(adapters, rank=limit, **options).warnings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [("bf16", 1e-4, 1e-2), ("f16", 1e-5, 1e-3), ("f32", 0, 0)]
+)
+def test_what_rounding_to_the_written_type_costs_is_what_a_diff_finds(
+    asked: str, least: float, most: float, tmp_path: Path
+) -> None:
+    adapters = [small(), small(1)]
+    assert combine(adapters, weights=[0.7, 0.3], dtype=asked).rounding == 0.0  # in memory nothing is rounded
+    report = combine(adapters, tmp_path / "out", weights=[0.7, 0.3], dtype=asked, sync=False)
+    wanted, got = weighted_sum(adapters, [0.7, 0.3]), dense(lt.load(tmp_path / "out"))
+    apart = sum(np.linalg.norm(got[name] - delta) ** 2 for name, delta in wanted.items()) ** 0.5
+    whole = sum(np.linalg.norm(delta) ** 2 for delta in wanted.values()) ** 0.5
+    assert report.rounding == pytest.approx(apart / whole, rel=1e-2, abs=1e-12 if most else 1)
+    assert least <= report.rounding <= most
 
 
 def test_another_device_is_refused() -> None:
@@ -520,6 +586,21 @@ def test_cli_tells_people(pair_of: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
+        ([], "none: the factors hold the result"),
+        (["--method", "ties", "--density", "1", "--rank", "8"], "none: the factors hold the result"),
+        (["--dtype", "bf16"], "none before rounding to BF16, which changes the result by 0."),
+        (["--rank", "1", "--dtype", "bf16"], "; rounding to BF16 changes it by 0."),
+    ],
+)  # fmt: skip
+def test_cli_says_what_is_lost(pair_of: list[str], tmp_path: Path, extra: list[str], words: str) -> None:
+    result = run(*pair_of, "-o", str(tmp_path / "out"), "--no-sync", *extra)
+    assert result.exit_code == 0, result.stderr
+    assert words in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
         (["--density", "0.5"], "--density is no option of the method linear"),
         (["--method", "ties", "--density", "0"], "density is 0.0; it must be above 0 and at most 1"),
         (["--method", "ties", "--density", "1.5"], "it must be above 0"),
@@ -540,7 +621,10 @@ def test_cli_misuse(pair_of: list[str], tmp_path: Path, extra: list[str], words:
 def test_cli_an_option_of_other_methods_names_them(pair_of: list[str], tmp_path: Path) -> None:
     result = run(*pair_of, "-o", str(tmp_path / "out"), "--epsilon", "0.1")
     assert "Hint: della has it" in result.stderr
-    assert run(*pair_of).exit_code == 2  # no place for the result
+    nowhere = run(*pair_of)
+    assert nowhere.exit_code == 2
+    assert nowhere.stderr.rstrip().endswith("Hint: loratools combine REF... -o OUT")
+    assert "last argument" not in run("--help").stdout
 
 
 def test_cli_dry_run_touches_nothing(pair_of: list[str], tmp_path: Path) -> None:
@@ -584,3 +668,19 @@ def test_a_module_named_by_the_environment_adds_its_methods(pair_of: list[str], 
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
                    env={**os.environ, "LORATOOLS_METHODS": "my_methods"})  # fmt: skip
     same(lt.load(tmp_path / "out"), lt.load(pair_of[1]))
+
+
+def test_what_is_typed_displaces_a_default_that_goes_with_another_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loratools.toml").write_text('[combine]\nmethod = "ties"\ndensity = 0.5\nrank = 2\n')
+    path = write_small_adapter(tmp_path / "one")
+    run = CliRunner().invoke(app, ["combine", str(path), "--method", "linear", "-o", "out"])
+    assert run.exit_code == 0, run.output
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+    run = CliRunner().invoke(
+        app, ["combine", str(path), "--method", "linear", "--density", "0.5", "-o", "other"]
+    )
+    assert run.exit_code == 2
+    assert "--density is no option of the method linear" in run.output

@@ -10,8 +10,9 @@ from peft import PeftModel
 from torch import nn
 
 import loratools as lt
+from loratools.errors import Mismatch
 from loratools.verbs.combine import combine
-from tests.helpers import merged_by_peft, randomise, relative
+from tests.helpers import load_state, make_adapter, merged_by_peft, randomise, relative, save_state
 from tests.test_peft_oracle import CASES, Case, Mixture, lora, toy, trained
 
 if TYPE_CHECKING:
@@ -126,6 +127,60 @@ def test_peft_agrees_where_it_is_exact(options: dict[str, Any], tmp_path: Path) 
     for name, delta in theirs.items():
         if delta.norm().item() > 1e-3:
             assert relative(ours[name], delta) <= 2e-6, name
+
+
+def test_a_layer_number_of_the_first_adapter_does_not_bind_the_others(tmp_path: Path) -> None:
+    everywhere = {f"model.layers.{i}.q": (6, 5) for i in range(2)}
+    one = make_adapter(
+        tmp_path / "one", {"model.layers.1.q": (6, 5)}, target_modules=["q"], layers_to_transform=[1]
+    )
+    two = make_adapter(tmp_path / "two", everywhere, seed=1, target_modules=["q"])
+
+    def model(dtype: torch.dtype) -> nn.Module:
+        layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(5, 6)}) for _ in range(2))
+        made = nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
+        randomise(made, 0, scale=0.1)
+        return made.to(dtype)
+
+    combine([one, two], tmp_path / "out", weights=[0.7, 0.3], sync=False)
+    assert_sums(model, [one, two], (0.7, 0.3), tmp_path / "out")
+
+
+def biased(folder: Path, names: list[str], seed: int, **config: Any) -> Path:
+    """An adapter with lora_bias on these modules."""
+    make_adapter(folder, dict.fromkeys(names, (6, 5)), seed=seed, lora_bias=True, **config)
+    path = folder / "adapter_model.safetensors"
+    state = load_state(path)
+    extra = {f"base_model.model.{name}.lora_B.bias": torch.full((6,), 0.5) for name in names}
+    save_state({**state, **extra}, path)
+    return folder
+
+
+def test_a_bias_of_the_factors_comes_to_modules_without_one(tmp_path: Path) -> None:
+    """PEFT loads the zeros without missing a key; whether it can merge them depends on the base, which is said."""
+    one = biased(tmp_path / "one", ["a"], 0, target_modules=["a"])
+    two = make_adapter(tmp_path / "two", {"b": (6, 5)}, seed=1, target_modules=["b"])
+
+    def model(dtype: torch.dtype) -> nn.Module:
+        made = nn.ModuleDict({name: nn.Linear(5, 6) for name in "ab"})
+        randomise(made, 0, scale=0.1)
+        return made.to(dtype)
+
+    report = combine([one, two], tmp_path / "out", weights=[0.7, 0.3], sync=False)
+    assert any("one of zeros is written for b" in warning for warning in report.warnings)
+    assert_sums(model, [one, two], (0.7, 0.3), tmp_path / "out")
+    known = combine([one, two], base=model(torch.float32).state_dict())
+    assert not any("lora_bias" in warning for warning in known.warnings)
+    without = {name: value for name, value in model(torch.float32).state_dict().items() if name != "b.bias"}
+    told = combine([one, two], base=without)
+    assert any("one of zeros is written for b; PEFT loads it, and will not merge" in w for w in told.warnings)
+
+
+def test_token_rows_beside_a_lora_on_the_embedding_are_refused(tmp_path: Path) -> None:
+    parts = folders(["tokens-and-head", "embedding"], tmp_path)
+    for order in (parts, parts[::-1]):
+        with pytest.raises(Mismatch, match=r"replaces token rows of embed, to which .* adds a delta"):
+            combine(order)
 
 
 def test_heads_and_token_rows_reach_peft(tmp_path: Path) -> None:

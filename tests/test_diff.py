@@ -516,6 +516,25 @@ def test_a_distance_that_rounding_explains_is_explained(kind, name):
     assert warned(report, f"no more than rounding to {name}")
     assert not warned(lt.diff(wide, adapter({"fc": (1.01 * pair[0], pair[1])}, kind=kind)), "rounding")
     assert not warned(lt.diff(wide, wide), "rounding")
+    narrow = adapter({"fc": pair}, kind=kind)
+    assert not warned(lt.diff(wide, narrow, tolerance=0.1), "rounding")  # they are the same, then
+
+
+def test_what_cancels_is_zero():
+    up, down = factors(0)
+    for kind in ("f4", "f8"):
+        one = adapter({"fc": (up, down)}, kind=kind)
+        both = [np.hstack([up, up / 3, -up, -up / 3]).astype(kind), np.vstack([down] * 4).astype(kind)]
+        nothing = adapter({"fc": tuple(both)})
+        zero = adapter({"fc": (0 * up, down)}, kind=kind)
+        report = lt.diff(zero, nothing)
+        assert (report.identical, report.norm_b, report.relative) == (True, 0.0, 0.0)
+        report = lt.diff(nothing, one)
+        assert (report.norm_a, report.relative) == (0.0, math.inf)
+        assert lt.diff(one, nothing).relative == 1.0
+        assert lt.diff(nothing, nothing).identical
+    small = adapter({"fc": (np.hstack([up, -up * (1 - 1e-9)]), np.vstack([down, down]))})
+    assert lt.diff(zero, small).norm_b == pytest.approx(1e-9 * np.linalg.norm(up @ down), rel=1e-5)
 
 
 def test_no_module_in_common_is_a_difference_with_a_hint():
@@ -716,6 +735,14 @@ def test_the_verdict_stands_first(pair):
     assert invoke(*pair, "--quiet").stdout.count("\n") == 1
 
 
+def test_a_distance_of_many_times_is_not_a_share(tmp_path):
+    shapes = {"x.fc": (6, 5)}
+    one = make_adapter(tmp_path / "a", shapes, alpha=4)
+    for alpha, told in ((52, "12 times A"), (4e12, "1e+12 times A"), (24, "500 % of A")):
+        other = make_adapter(tmp_path / f"{alpha:g}", shapes, alpha=alpha)
+        assert invoke(one, other).stdout.startswith(f"They differ by {told}\n")
+
+
 def test_the_worst_modules_stand_first_and_all_on_request(tmp_path):
     shapes = {f"layers.{number}.fc": (6, 5) for number in range(25)}
     one = make_adapter(tmp_path / "a", shapes, alpha=4)
@@ -761,7 +788,12 @@ def test_what_can_be_said_of_adapters_that_have_little_in_common(tmp_path):
     heads = {**zeros, "base_model.model.score.weight": np.ones((2, 2), "f4")}
     with_head = write_adapter(tmp_path / "d", heads, r=4, lora_alpha=6, modules_to_save=["score"])
     result = invoke(zero, with_head)
-    assert result.stdout.startswith("The same update where both have a module, but not")
+    assert result.stdout.startswith(
+        "The same update where both have a module, but not the same tensors beside them\n"
+    )
+    two = {**zeros, **{key.replace("x.fc", "y.fc"): value for key, value in zeros.items()}}
+    more = invoke(zero, write_adapter(tmp_path / "more", two, r=4, lora_alpha=6))
+    assert more.stdout.startswith("The same update where both have a module, but not the same modules\n")
     assert "only in B  1: score.weight" in result.stdout
     heads["base_model.model.score.weight"] = np.ones((3, 2), "f4")
     other = write_adapter(tmp_path / "e", heads, r=4, lora_alpha=6, modules_to_save=["score"])

@@ -37,6 +37,7 @@ from tests.model_helpers import (
     tensors,
 )
 from tests.small import contents
+from tests.test_tied import TIED, is_tied
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -613,7 +614,10 @@ def test_names_without_the_prefix_of_the_model_around_them(tmp_path: Path) -> No
     assert relative_error(logits(adapted, case), logits(tuned, case)) < 1e-5
 
 
-def test_an_embedding_that_peft_reaches_under_one_name_only_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", [{}, {"exclude": "shared", "full_tensors": "all"}], ids=["low", "whole"])
+def test_an_embedding_that_peft_reaches_under_one_name_only_is_named(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
     case = Case(
         "T5ForConditionalGeneration", "T5Config",
         {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, {},
@@ -621,13 +625,82 @@ def test_an_embedding_that_peft_reaches_under_one_name_only_is_named(tmp_path: P
     case.build().save_pretrained(tmp_path / "base")
     tuned = fine_tune(case, "t5")
     tuned.save_pretrained(tmp_path / "tuned")
-    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3)
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3, **choice)
     assert any(warning.startswith("shared is the embedding of an encoder") for warning in report.warnings)
     lt.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
     merged = load_cleanly(case, tmp_path / "merged")
     batch = BATCHES["tokens"]() | {"decoder_input_ids": BATCHES["tokens"]()["input_ids"]}
     with torch.no_grad():
         assert relative_error(merged(**batch).logits, tuned(**batch).logits) < 1e-5
+
+
+@pytest.mark.parametrize("grown", [0, 4])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert"])
+def test_a_tied_embedding_that_goes_along_whole_takes_the_head_with_it(
+    name: str, grown: int, tmp_path: Path
+) -> None:
+    case = TIED[name][0]
+    case.build().save_pretrained(tmp_path / "base", max_shard_size=SHARD)
+    tuned = fine_tune(case, name)
+    host = case.build()
+    if grown:
+        for model in (tuned, host):
+            model.resize_token_embeddings(VOCABULARY + grown, mean_resizing=False)
+    tuned.save_pretrained(tmp_path / "tuned", max_shard_size=SHARD)
+    choice: dict[str, Any] = {} if grown else {"exclude": TIED[name][1], "full_tensors": "all"}
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3, **choice)
+    wanted = logits(tuned, case)
+    adapted = peft.PeftModel.from_pretrained(host, tmp_path / "out").eval()
+    assert relative_error(logits(adapted, case), wanted) < 1e-5
+    assert relative_error(logits(adapted.merge_and_unload(), case), wanted) < 1e-5
+    lt.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    merged = load_cleanly(case, tmp_path / "merged")
+    assert relative_error(logits(merged, case), wanted) < 1e-5
+    assert is_tied(merged)
+    found, truth = tensors(tmp_path / "merged"), tensors(tmp_path / "tuned")
+    assert {key: value.shape for key, value in found.items()} == {
+        key: value.shape for key, value in truth.items()
+    }
+
+
+def test_a_tied_embedding_of_low_rank_is_said_to_be_merged_twice_by_peft(tmp_path: Path) -> None:
+    case = TIED["llama"][0]
+    case.build().save_pretrained(tmp_path / "base")
+    tuned = fine_tune(case, "llama")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3)
+    assert any("merge with loratools merge" in one and "lm_head" in one for one in report.warnings)
+    adapted = peft.PeftModel.from_pretrained(case.build(), tmp_path / "out").eval()
+    assert (
+        relative_error(logits(adapted.merge_and_unload(), case), logits(tuned, case)) > 0.05
+    )  # else why warn
+    separate = extract(before(), after(before()), rank=2)
+    assert not any("loratools merge" in one for one in separate.warnings)
+
+
+def test_biases_of_some_layers_survive_the_merge_of_peft(tmp_path: Path) -> None:
+    """Attention of Qwen2's kind: biases on q, k and v alone; lora_bias asks for one on every adapted layer."""
+    case = Case(
+        "Qwen2ForCausalLM", "Qwen2Config", {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}, {}
+    )
+    case.build().save_pretrained(tmp_path / "base")
+    tuned = fine_tune(case, "qwen2")
+    tuned.save_pretrained(tmp_path / "tuned")
+    options = {"rank": 3, "exclude": "embed_tokens"}
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", full_tensors="all", **options)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_bias"], config["bias"]) == (False, "all")
+    wanted = logits(tuned, case)
+    adapted = peft.PeftModel.from_pretrained(case.build(), tmp_path / "out").eval()
+    assert relative_error(logits(adapted, case), wanted) < 1e-5
+    assert relative_error(logits(adapted.merge_and_unload(), case), wanted) < 1e-5
+    lt.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    assert relative_error(logits(load_cleanly(case, tmp_path / "merged"), case), wanted) < 1e-5
+
+
+def test_an_expression_that_is_found_nowhere_is_refused() -> None:
+    with pytest.raises(Unsupported, match="'zzz' is found in no tensor's name"):
+        extract(before(), after(before()), rank=2, include=["proj", "zzz"])
 
 
 @pytest.mark.parametrize("tied", ["base", "tuned"])
@@ -788,7 +861,8 @@ def test_a_dry_run_touches_nothing(pair: tuple[Path, Path], tmp_path: Path) -> N
     ("options", "code"),
     [
         (("--rank", 0), 2), (("--energy", 1.5), 2), (("--rank", 2, "--energy", 0.5), 3), (("--device", "mps"), 3),
-        (("--svd", "magic"), 2), (("--include", "("), 3), (("--to", "kohya"), 3), (("--max-memory", "1MB"), 3),
+        (("--svd", "magic"), 2), (("--include", "("), 2), (("--include", "zzz"), 3),
+        (("--to", "kohya"), 3), (("--max-memory", "1MB"), 3),
     ],
 )  # fmt: skip
 def test_exit_codes(pair: tuple[Path, Path], tmp_path: Path, options: tuple[object, ...], code: int) -> None:

@@ -93,7 +93,7 @@ def test_a_plan_needs_no_file_at_all(base, adapter, monkeypatch):
 
 
 def test_over_budget_before_anything_is_read(tmp_path, base, adapter, no_reads):
-    error = fails(OverBudget, r"this needs \d+ MB of memory, 1 MB are allowed", tmp_path, base, adapter,
+    error = fails(OverBudget, r"this needs [\d.]+ [kM]B of memory, 1 MB are allowed", tmp_path, base, adapter,
                   max_memory=1_000_000)  # fmt: skip
     assert error.needed > error.allowed == 1_000_000
     assert "the largest step is" in error.hint

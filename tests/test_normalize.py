@@ -407,6 +407,31 @@ def test_names_of_wrappers_are_mended(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("prefix", ["module.base_model.model.", "module.module.base_model.model.module.",
+                                    "base_model.model.module.base_model.model."])  # fmt: skip
+def test_a_wrapper_around_peft_s_own_prefix_is_mended(prefix: str, tmp_path: Path) -> None:
+    plain = make_adapter(tmp_path / "plain", {"l.0.q": (9, 7)}, alpha=4, target_modules=["q"])
+    tensors = load_state(plain / "adapter_model.safetensors")
+    wrapped = {
+        prefix + key.removeprefix("base_model.model."): value.numpy() for key, value in tensors.items()
+    }
+    config = {key: value for key, value in raw_config(plain).items() if key != "peft_type"}
+    folder = write_adapter(tmp_path / "wrapped", wrapped, **config)
+    report = normalize(folder, tmp_path / "mended", sync=False)
+    assert list(report.renamed.values()) == ["l.0.q"]
+    assert load_state(tmp_path / "mended").keys() == tensors.keys()
+    np.testing.assert_array_equal(deltas(report.adapter)["l.0.q"], deltas(lt.load(plain))["l.0.q"])
+
+
+def test_weight_files_are_compared_with_weight_files(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", {"l.0.q": (9, 7)})
+    for out in (tmp_path / "b", tmp_path / "c" / "alone.safetensors"):
+        report = normalize(folder, out, sync=False)
+        file = out if out.suffix else out / "adapter_model.safetensors"
+        assert report.bytes == file.stat().st_size
+        assert report.bytes_before == (folder / "adapter_model.safetensors").stat().st_size
+
+
 def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "a", {"module.q": (9, 7), "q": (9, 7)})
     with pytest.raises(Mismatch, match="called q"):

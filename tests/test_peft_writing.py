@@ -139,6 +139,55 @@ def test_names_given_for_whole_layers_stay_short(tmp_path: Path) -> None:
     assert write_peft(rewritten(adapter, modules=hole))[1]["target_modules"] == sorted(hole)
 
 
+def blocks(stem: str) -> nn.Module:
+    """Three blocks of two layers, at ``model.layers``, or at ``layers``, where PEFT has to be told what a block is."""
+
+    def named(number: int) -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(5, 6) for name in ("q", "v")})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(named(number) for number in range(3))})
+    return randomised(nn.ModuleDict({"model": model}) if stem else model)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    randomise(model, 0, scale=0.1)
+    return model
+
+
+@pytest.mark.parametrize("stem", ["model.", ""], ids=["in a model", "bare"])
+@pytest.mark.parametrize(
+    ("kept", "given"),
+    [
+        (["0.q", "1.q", "2.q"], {"layers_to_transform": [1]}),
+        (["0.q", "1.q", "2.q"], {"layers_to_transform": 1}),
+        (["0.q", "1.q", "2.q"], {"layers_to_transform": 0}),
+        (["1.q", "2.q"], {"layers_to_transform": [0, 1, 2]}),
+        (["1.q", "2.q"], {"layers_to_transform": [1, 2]}),
+        (["1.q", "2.q"], {"layers_to_transform": [1, 2], "layers_pattern": "h"}),
+        (["1.q", "2.q"], {"layers_to_transform": [1, 2], "layers_pattern": ["layers"]}),
+        (["1.q", "2.v"], {"layers_to_transform": [1, 2], "layers_pattern": ["layers"]}),
+        (["0.q", "1.q"], {"layers_to_transform": None, "layers_pattern": ["layers"]}),
+    ],
+)
+def test_numbers_of_blocks_never_keep_peft_from_a_module(
+    kept: list[str], given: dict[str, Any], stem: str, tmp_path: Path
+) -> None:
+    names = [f"{stem}layers.{name}" for name in kept]
+    adapter = lt.load(make_adapter(tmp_path / "a", dict.fromkeys(names, (6, 5))))
+    raw = {**adapter.config.raw, "target_modules": ["q", "v"], **given}
+    rewritten(adapter, config=replace(adapter.config, raw=raw)).save(tmp_path / "b", sync=False)
+    model = PeftModel.from_pretrained(blocks(stem), tmp_path / "b")
+    assert set(model.targeted_module_names) == set(names)
+
+
+def test_numbers_of_blocks_that_say_the_same_are_kept(tmp_path: Path) -> None:
+    names = ["model.layers.1.q", "model.layers.2.q"]
+    adapter = lt.load(make_adapter(tmp_path / "a", dict.fromkeys(names, (6, 5))))
+    raw = {**adapter.config.raw, "target_modules": ["q"], "layers_to_transform": [1, 2]}
+    config = write_peft(rewritten(adapter, config=replace(adapter.config, raw=raw)))[1]
+    assert (config["target_modules"], config["layers_to_transform"]) == (["q"], [1, 2])
+
+
 # --- ranks and alphas ------------------------------------------------------------------------------------------
 
 # Names of which some end with others, and some would match others as expressions.

@@ -172,3 +172,19 @@ def test_no_more_is_loaded_than_is_needed(arguments, absent, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_starts_from_its_base_is_named_by_that():
+    tensors = {"fc.lora_A.weight": np.ones((2, 5), "f4"), "fc.lora_B.weight": np.ones((6, 2), "f4")}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "pissa"}
+    report = lt.inspect(tensors, config=config, spectrum=True)
+    assert "fc has no spectrum: it starts from a part of its base (pissa)" in report.warnings
+
+
+def test_a_scaling_that_is_a_guess_is_said_beside_the_spectrum():
+    tensors = {"fc.lora_A.weight": np.ones((4, 5), "f4"), "fc.lora_B.weight": np.ones((6, 4), "f4")}
+    for rank, guess in ((8, True), (4, False)):
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8}
+        report = lt.inspect(tensors, config=config, spectrum=True)
+        assert any("values of fc are by a scaling that is a guess" in one for one in report.warnings) is guess
+        assert not any("guess" in one for one in lt.inspect(tensors, config=config).warnings)

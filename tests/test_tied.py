@@ -61,6 +61,10 @@ def targets(name: str, which: str) -> dict[str, Any]:
     """What is adapted: LoRA on something else always, and the embeddings as ``which`` says."""
     _, embedding, head, other = TIED[name]
     ends = {"embedding": [embedding], "head": [head], "both": [embedding, head]}
+    if which == "both of a tie":
+        return {"target_modules": [*ends["both"], other], "ensure_weight_tying": True}
+    if which == "whole both of a tie":
+        return {"target_modules": [other], "modules_to_save": ends["both"], "ensure_weight_tying": True}
     if which in ends:
         return {"target_modules": [*ends[which], other]}
     if which == "tied lora":
@@ -76,7 +80,7 @@ def targets(name: str, which: str) -> dict[str, Any]:
 
 WAYS = [
     "embedding", "head", "both", "tied lora", "tied whole", "whole embedding", "whole head", "whole both", "tokens",
-    "listed tokens",
+    "listed tokens", "both of a tie", "whole both of a tie",
 ]  # fmt: skip
 
 
@@ -97,8 +101,10 @@ def test_merged_says_what_the_adapter_said(name: str, way: str, tmp_path: Path) 
     merged = load_cleanly(case, tmp_path / "out")
     assert relative_error(logits(merged, case), wanted) < 1e-5
     assert lt.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").ok
-    # PEFT ties what is called embed_tokens; elsewhere ensure_weight_tying has no effect on what is trained.
-    stays_tied = tokens or ("tied" in way and TIED[name][1] == "embed_tokens")
+    # PEFT ties where one is called embed_tokens or lm_head; elsewhere ensure_weight_tying has no effect.
+    _, embedding, head, _ = TIED[name]
+    known = embedding == "embed_tokens" or (way.endswith("of a tie") and head == "lm_head")
+    stays_tied = tokens or ("tie" in way and known)
     assert is_tied(merged) == stays_tied
     added = tensors(tmp_path / "out").keys() - tensors(tmp_path / "base").keys()
     assert bool(added) == (not stays_tied)
@@ -187,6 +193,22 @@ def test_only_one_embedding_resized_is_an_error(tmp_path: Path) -> None:
         lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert f"{GROWN}" in str(caught.value)
     assert f"{VOCABULARY}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_only_one_of_tied_embeddings_resized_is_an_error(saved: str, tmp_path: Path) -> None:
+    case = TIED["llama"][0]
+    model = case.build()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(GROWN, mean_resizing=False)
+    wrapped = adapt(model, target_modules=["q_proj"], modules_to_save=[saved])
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(Mismatch, match="different numbers of tokens") as caught:
+        lt.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    sizes = {"embed_tokens": VOCABULARY, "lm_head": VOCABULARY} | {saved: GROWN}
+    assert f"model.embed_tokens.weight {sizes['embed_tokens']}" in str(caught.value)
+    assert f"lm_head.weight {sizes['lm_head']}" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratools.cli.defaults import origin
 from loratools.cli.doorway import Misuse
 from loratools.cli.text import counted
 
@@ -23,7 +24,8 @@ def require_weights(weights: Sequence[float], adapters: Sequence[str]) -> None:
     """
     if weights and len(weights) != len(adapters):
         raise Misuse(
-            f"-w was given {counted(len(weights), 'time')} for {counted(len(adapters), 'adapter')}",
+            f"-w was given {counted(len(weights), 'time')}{origin('weight')} for "
+            f"{counted(len(adapters), 'adapter')}",
             hint="give it once for each adapter, in their order",
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from loratools.cli.adapters import load_adapters, require_weights
+from loratools.cli.defaults import origin, strength
 from loratools.cli.doorway import Misuse
 from loratools.cli.options import FINITE, REF, computing, not_built, pickles, shared
 from loratools.cli.outputs import resolve_out, show_dry_run, writing
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "method_options", "show_combine"]
 
-_WORST = 5  # modules named with their error, unless --modules asks for all
+_NOTHING = 1e-7  # a relative error below this is what rounding to float32 makes
 
 
 class _Names(click.ParamType[str]):
@@ -181,7 +182,7 @@ def command(
       loratools combine a b c -o abc --method ties --density 0.3 --space core
     """  # noqa: D301 - \b is click's
     require_weights(weight, refs)
-    target = resolve_out(None, output, "loratools combine REF... -o OUT")
+    target = resolve_out(None, output, "loratools combine REF... -o OUT", last=False)
     options = _own_options(find(method), given)
     from loratools.arrays import check_double
     from loratools.executors.base import make_executor
@@ -225,8 +226,10 @@ def _own_options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if name not in own:
+            if strength(name) < strength("method"):  # a default that goes with another method
+                continue
             names = takers(name)
-            flag = "--" + name.replace("_", "-")
+            flag = f"--{name.replace('_', '-')}{origin(name)}"
             raise Misuse(
                 f"{flag} is no option of the method {method.name}",
                 hint=f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it; choose one with --method",
@@ -263,7 +266,7 @@ def show_combine(report: CombineReport, settings: Settings, *, modules: bool = F
         ("method", _method(report)),
         ("modules", f"{counted(len(report.modules), 'module')}, rank {_ranks(report)}, {report.dtype}"),
         ("error", _error(report)),
-        ("written", f"{size(report.bytes)} in {report.seconds:.2f} s"),
+        ("written", f"{size(report.bytes)} in all files, in {report.seconds:.2f} s"),
     ]
     everyone = tuple(range(len(report.adapters)))
     if partial := [one.name for one in report.modules if one.adapters != everyone]:
@@ -295,12 +298,18 @@ def _ranks(report: CombineReport) -> str:
 
 
 def _error(report: CombineReport) -> str:
-    if report.relative_error == 0.0:
-        return "none: the factors hold the result exactly"
+    rounded = report.rounding >= _NOTHING
+    if report.relative_error < _NOTHING:
+        if rounded:
+            return (
+                f"none before rounding to {report.dtype}, which changes the result by {report.rounding:.2%}"
+            )
+        return "none: the factors hold the result, to the last digits"
     worst = max(report.modules, key=lambda one: one.relative_error)
     return (
         f"{percent(report.relative_error)} of the result's norm is lost at this rank; "
         f"most in {worst.name}: {percent(worst.relative_error)}"
+        + (f"; rounding to {report.dtype} changes it by {report.rounding:.2%} besides" if rounded else "")
     )
 
 

@@ -8,18 +8,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from loratools.errors import BadConfig, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["CONFIG_VARIABLE", "FILE_NAME", "read_defaults"]
+__all__ = ["CONFIG_VARIABLE", "FILE_NAME", "origin", "read_defaults", "strength", "strongest"]
 
 FILE_NAME = "loratools.toml"
 CONFIG_VARIABLE = "LORATOOLS_CONFIG"
 # A downloaded folder may bring a loratools.toml of its own. It cannot say what a user must say in person.
 _NEVER_FOUND = frozenset({"allow_pickle", "force"})
+
+
+_STRENGTHS = {ParameterSource.COMMANDLINE: 3, ParameterSource.ENVIRONMENT: 2, ParameterSource.DEFAULT_MAP: 1}
+
+
+def strength(name: str) -> int:
+    """How strongly a parameter of the command at hand was set: 3 typed, 2 environment, 1 a file, 0 not at all."""
+    context = click.get_current_context(silent=True)
+    source = None if context is None else context.get_parameter_source(name)
+    return 0 if source is None else _STRENGTHS.get(source, 0)
+
+
+def strongest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of parameters that exclude each other, those that were set most strongly; defaults give way to what was typed.
+
+    Args:
+        values: by parameter; None, False and nothing at all are not set.
+
+    Returns:
+        The same names; None, or False, where a value gave way.
+    """
+    given = {name: strength(name) for name, value in values.items() if _is_set(value)}
+    most = max(given.values(), default=0)
+    return {
+        name: value if given.get(name, most) == most else (False if value is True else None)
+        for name, value in values.items()
+    }
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value != ()
+
+
+def origin(name: str) -> str:
+    """Where a parameter's value came from, to put behind its name in a message; empty where it was typed."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return ""
+    source = context.get_parameter_source(name)
+    if source is ParameterSource.ENVIRONMENT:
+        return f" (from the environment: {context.auto_envvar_prefix}_{name.upper()})"
+    if source is ParameterSource.DEFAULT_MAP:
+        return f" (from {getattr(context.obj, 'defaults_from', None) or FILE_NAME})"
+    return ""
 
 
 def read_defaults(
@@ -114,6 +159,8 @@ def _expected(option: click.Option) -> tuple[str, tuple[type, ...]]:
         "integer range": ("a whole number", (int,)),
         "integer": ("a whole number", (int,)),
         "number": ("a number", (int, float)),
+        "float": ("a number", (int, float)),
+        "float range": ("a number", (int, float)),
         "size": ('a size such as "2GB"', (int, str)),
     }
     return kinds.get(option.type.name, ("text", (str,)))

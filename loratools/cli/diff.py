@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "show_differences"]
 
+_TIMES = 10  # from here on, a distance is so many times A rather than a share of it
 _WORST = 10  # rows of the table, unless --modules asks for all
 
 
@@ -119,10 +120,11 @@ def _headline(report: DiffReport) -> str:
     if math.isinf(report.relative):
         return "A changes no weight, B does"
     if report.relative > report.tolerance:
-        return f"They differ by {_share(report.relative)} of A"
+        return f"They differ by {_share(report.relative)}{' of' * (report.relative < _TIMES)} A"
     if report.changed_extras:
         return "The same change of the weights, but other tensors differ"
-    return "The same update where both have a module, but not the same modules"
+    what = "modules" if report.one_sided_modules else "tensors beside them"
+    return f"The same update where both have a module, but not the same {what}"
 
 
 def _facts(report: DiffReport, settings: Settings) -> Iterable[tuple[str, str]]:
@@ -183,6 +185,8 @@ def _share(share: float | None) -> str:
 
     >>> _share(0.0321), _share(3.2e-9), _share(1.5), _share(0), _share(float("inf"))
     ('3.2 %', '3.2e-09', '150 %', 'none', 'all (A is zero)')
+    >>> _share(12.34), _share(3.2e50)
+    ('12.3 times', '3.2e+50 times')
     """
     if share is None:
         return "not comparable"
@@ -192,6 +196,8 @@ def _share(share: float | None) -> str:
         return "none"
     if share < 1e-4:
         return f"{share:.1e}"
+    if share >= _TIMES:
+        return f"{share:.3g} times"
     percent = 100 * share
     return f"{percent:.0f} %" if percent >= 100 else f"{percent:.2g} %"
 

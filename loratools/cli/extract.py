@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
     from loratools.verbs.extract_report import ExtractReport, RankRule
 
 __all__ = ["command", "show_extraction"]
+
+
+class Expression(click.ParamType[str]):
+    """A regular expression, as text."""
+
+    name = "expression"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See :class:`click.ParamType`."""
+        try:
+            re.compile(value)
+        except re.error as error:
+            self.fail(f"{value!r} is not a regular expression: {error}.", param, ctx)
+        return str(value)
 
 
 @click.command()
@@ -50,8 +65,16 @@ __all__ = ["command", "show_extraction"]
     default="auto",
     help="How matrices are decomposed; randomized is within a thousandth of the exact.",
 )
-@click.option("--include", multiple=True, metavar="RE", help="Only tensors in whose name this is found.")
-@click.option("--exclude", multiple=True, metavar="RE", help="No tensor in whose name this is found.")
+@click.option(
+    "--include",
+    multiple=True,
+    type=Expression(),
+    metavar="RE",
+    help="Only tensors in whose name this is found.",
+)
+@click.option(
+    "--exclude", multiple=True, type=Expression(), metavar="RE", help="No tensor in whose name this is found."
+)
 @click.option(
     "--full-tensors",
     type=click.Choice(["auto", "none", "all"]),

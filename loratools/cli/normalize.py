@@ -115,7 +115,7 @@ def show_normalization(report: NormalizeReport, settings: Settings) -> None:
         ("rank", after if before == after else f"{before} before, {after} now"),
         ("difference", "none: every bit is the same" if report.exact else f"{report.relative:.2e} relative"),
         ("type", report.dtype),
-        ("bytes", f"{size(report.bytes_before)} before, {size(report.bytes)} now"),
+        ("weights", f"{size(report.bytes_before)} before, {size(report.bytes)} now"),
     ]
     if report.dropped:
         pairs.append(("dropped", f"zero: {listed(report.dropped, settings)}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -36,12 +37,12 @@ def writing(command: F) -> F:
     ``no_sync: bool``; it declares the argument ``out`` itself, and passes both to :func:`resolve_out`.
     """
     options = (
-        click.option("-o", "--output", type=REF, help="OUT, where it is not the last argument."),
+        click.option("-o", "--output", type=REF, help=_place_help(command)),
         click.option(
             "--dtype",
             type=FLOATS,
             metavar="TYPE",
-            help="Type of the floats written, such as bf16.  [default: the widest that is read]",
+            help=f"Type of the floats written, such as bf16.  [default: {_default_type(command)}]",
         ),
         click.option(
             "--to",
@@ -63,13 +64,28 @@ def writing(command: F) -> F:
     return command
 
 
-def resolve_out(out: str | None, output: str | None, usage: str) -> str:
+def _place_help(command: Callable[..., Any]) -> str:
+    """What ``-o`` is to a command that takes ``OUT`` as its last argument too, and to one that does not."""
+    if "out" in inspect.signature(command).parameters:
+        return "OUT, where it is not the last argument."
+    return "OUT: a folder to make, or a file ending in .safetensors."
+
+
+def _default_type(command: Callable[..., Any]) -> str:
+    """What a command writes without ``--dtype``: of checkpoints the factors are computed, not read."""
+    if "tuned" in inspect.signature(command).parameters:
+        return "float32; what goes along whole keeps its own"
+    return "the widest that is read"
+
+
+def resolve_out(out: str | None, output: str | None, usage: str, *, last: bool = True) -> str:
     """Where the result goes: the last argument, or what ``-o`` says.
 
     Args:
         out: the argument, where the command has one.
         output: the option.
         usage: how the command is typed, for the hint: ``loratools reduce REF OUT``.
+        last: whether the command takes it as its last argument.
 
     Raises:
         Misuse: neither is given, or both.
@@ -78,7 +94,7 @@ def resolve_out(out: str | None, output: str | None, usage: str) -> str:
         raise Misuse(f"the result has two places, {out} and {output}", hint=f"{usage}, or -o OUT")
     place = out if out is not None else output
     if place is None:
-        raise Misuse("nothing says where the result goes", hint=f"{usage}, or -o OUT")
+        raise Misuse("nothing says where the result goes", hint=f"{usage}, or -o OUT" if last else usage)
     return place
 
 

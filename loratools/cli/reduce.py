@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratools.cli.defaults import origin, strength, strongest
 from loratools.cli.doorway import Misuse
 from loratools.cli.options import FINITE, REF, SIZE, computing, pickles, shared
 from loratools.cli.outputs import resolve_out, show_dry_run, writing
 from loratools.cli.tables import show_table
-from loratools.cli.text import counted, fields, listed, one_line, percent, say_json, size, spread, warn
+from loratools.cli.text import counted, fields, listed, one_line, percent, say_json, spread, warn
+from loratools.cli.text import size as readable
 
 if TYPE_CHECKING:
     from loratools.cli.settings import Settings
@@ -43,7 +45,7 @@ _TOGETHER_ONLY = ("params", "size")
     help="Greatest relative error of the whole, such as 0.05.",
 )
 @click.option("--params", type=click.IntRange(min=1), metavar="N", help="Parameters the result may have.")
-@click.option("--size", "size_", type=SIZE, help="Bytes its weight file may have, such as 20MB.")
+@click.option("--size", type=SIZE, help="Bytes its weight file may have, such as 20MB.")
 @click.option("--noise-floor", is_flag=True, help="Keep what rounding the stored factors cannot have made.")
 @click.option(
     "--per-module/--global",
@@ -77,7 +79,7 @@ def command(
     energy: float | None,
     error: float | None,
     params: int | None,
-    size_: int | None,
+    size: int | None,
     noise_floor: bool,
     per_module: bool | None,
     modules: bool,
@@ -100,11 +102,12 @@ def command(
       loratools reduce my-adapter smaller --rank 8 --global --modules
     """  # noqa: D301 - \b is click's
     target = resolve_out(out, output, _USAGE)
-    rule = {"rank": rank, "energy": energy, "error": error, "params": params, "size": size_}
-    _require_one({**rule, "noise_floor": noise_floor or None}, per_module)
+    rule: dict[str, Any] = {"rank": rank, "energy": energy, "error": error, "params": params, "size": size}
+    rule = strongest({**rule, "noise_floor": noise_floor})
+    per_module = _scope(rule, per_module)
     from loratools.verbs.reduce import plan_reduce, reduce
 
-    chosen = {**rule, "noise_floor": noise_floor, "per_module": per_module, **options}
+    chosen = {**rule, "per_module": per_module, **options}
     if dry_run:
         show_dry_run(plan_reduce(ref, target, **chosen), settings)
         return
@@ -116,17 +119,29 @@ def command(
         show_reduction(report, ref, settings, modules=modules)
 
 
-def _require_one(rules: dict[str, Any], per_module: bool | None) -> None:
-    given = [_RULES[name] for name, value in rules.items() if value is not None]
+def _scope(rules: dict[str, Any], per_module: bool | None) -> bool | None:
+    """The scope, unless the one rule has no such scope and was set more strongly than it.
+
+    Raises:
+        Misuse: not one rule, or a scope it does not have.
+    """
+    given = [name for name, value in rules.items() if value is not None and value is not False]
     if len(given) != 1:
-        said = " and ".join(given) if given else "nothing"
+        told = [_RULES[name] + origin(name) for name in given]
+        said = f"{' and '.join(told)} say" if told else "nothing says"
+        raise Misuse(f"{said} how far to reduce", hint=f"give exactly one of {', '.join(_RULES.values())}")
+    (name,) = given
+    odd = (per_module and name in _TOGETHER_ONLY) or (per_module is False and name == "noise_floor")
+    if odd and strength("per_module") < strength(name):
+        return None
+    scope = origin("per_module")
+    if odd and per_module:
         raise Misuse(
-            f"{said} says how far to reduce", hint=f"give exactly one of {', '.join(_RULES.values())}"
+            f"{_RULES[name]} is a budget of all modules together", hint=f"leave --per-module{scope} out"
         )
-    if per_module and any(rules[name] is not None for name in _TOGETHER_ONLY):
-        raise Misuse(f"{given[0]} is a budget of all modules together", hint="leave --per-module out")
-    if per_module is False and rules["noise_floor"]:
-        raise Misuse("--noise-floor is judged module by module", hint="leave --global out")
+    if odd:
+        raise Misuse("--noise-floor is judged module by module", hint=f"leave --global{scope} out")
+    return per_module
 
 
 def show_reduction(report: ReduceReport, ref: str, settings: Settings, *, modules: bool = False) -> None:
@@ -139,13 +154,15 @@ def show_reduction(report: ReduceReport, ref: str, settings: Settings, *, module
     worst = max(kept, key=lambda one: one.relative_error)
     lost = f"relative error {report.relative_error:.3g}, {percent(1 - report.relative_error**2)} of the energy kept"
     most = f"; most in {worst.name}: {worst.relative_error:.3g}" if worst.relative_error else ""
-    shrunk = f"{report.parameters_before:,} before" if report.parameters_before else "none before"
     pairs = [
         ("rank", f"{spread(report.rank.min, report.rank.max)}{was}"),
         ("modules", counted(len(kept), "module")),
         ("lost", lost + most),
-        ("parameters", f"{report.parameters_after:,}, {shrunk}"),
-        ("size", f"{size(report.bytes_after)} as {report.dtype}, {size(report.bytes_before)} before"),
+        ("parameters", f"{report.parameters_after:,} ({report.parameters_before:,} before)"),
+        (
+            "size",
+            f"{readable(report.bytes_after)} as {report.dtype} ({readable(report.bytes_before)} before)",
+        ),
         ("time", f"{report.seconds:.2f} s"),
     ]
     if report.dropped:

@@ -211,13 +211,47 @@ def _selection(layers: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
 def _selects(layers: list[str], given: Mapping[str, Any]) -> bool:
     """Whether the given fields select these layers, and, as far as names can tell, no others."""
     wanted = given.get("target_modules")
-    if not isinstance(wanted, (list, str)) or not _is_regular(layers, given):
+    if not isinstance(wanted, (list, str)) or not _is_regular(layers, given) or not _keeps(layers, given):
         return False
     try:
         chosen = Names(wanted)
         return all(chosen.matches(layer) for layer in layers) and _spares(layers, given)
     except BadConfig:
         return False
+
+
+def _keeps(layers: list[str], given: Mapping[str, Any]) -> bool:
+    """Whether ``layers_to_transform`` lets PEFT wrap all of these layers, and in every kind of block no others."""
+    wanted, indices = given.get("target_modules"), given.get("layers_to_transform")
+    if indices is None or indices == []:
+        return not given.get("layers_pattern")  # which PEFT refuses alone
+    listed = set(indices) if isinstance(indices, list) else {indices}
+    if not isinstance(wanted, list) or not all(isinstance(index, int) for index in listed):
+        return False
+    blocks: dict[str, set[int | None]] = {}
+    for layer in layers:
+        if layer not in wanted:  # a full name is wrapped whatever its block
+            kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
+            blocks.setdefault(kind, set()).add(_block(layer, given.get("layers_pattern")))
+    return all(found == listed for found in blocks.values())
+
+
+def _block(layer: str, stems: object) -> int | None:
+    """The number of the block a layer lies in, as PEFT finds it for ``layers_to_transform``; None where it does not.
+
+    >>> _block("model.layers.3.q", None), _block("layers.3.q", None), _block("layers.3.q", "layers")
+    (3, None, 3)
+    """
+    if not stems:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", layer)
+        return int(found[1]) if found else None
+    names = [stems] if isinstance(stems, str) else stems
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and re.fullmatch(r"\w+", name) for name in names
+    ):
+        return None  # an expression, which full names make unnecessary
+    matches = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", layer) for name in names)
+    return next((int(found[1]) for found in matches if found), None)
 
 
 def _spares(layers: list[str], given: Mapping[str, Any]) -> bool:
@@ -246,7 +280,7 @@ def _is_regular(layers: list[str], given: Mapping[str, Any]) -> bool:
         if any(other != blocks for other in named.values()):
             return False
         single = sorted(index[0] for index in blocks if len(index) == 1)
-        if single and not given.get("layers_to_transform"):
+        if single and given.get("layers_to_transform") in (None, []):
             depth = depths.setdefault(pattern.partition("*")[0], len(single))
             if single != list(range(depth)):
                 return False

@@ -17,6 +17,7 @@ from loratools.errors import OverBudget
 from loratools.executors.base import make_executor
 from loratools.matrices import module_cost
 from loratools.pairing import pair, require_same_shapes
+from loratools.planning import RUNTIME_BYTES
 from loratools.provenance import record
 from loratools.publishing import require_place
 from loratools.running import default_jobs, gather, peak_memory
@@ -28,6 +29,7 @@ from loratools.verbs.combine_planning import (
     list_items,
     open_adapters,
     open_model,
+    raised_warnings,
     require_apart,
     require_deltas,
     require_rank,
@@ -91,10 +93,10 @@ class CombinePlan:
         return self.rank or sum(stored_rank(module) for _, module in item.modules)
 
     def peak_bytes(self, jobs: int) -> int:
-        """An upper bound on what the arrays take: all results, and one matrix after another for each worker."""
+        """An upper bound on the memory needed: all results, and one matrix after another for each worker."""
         results = sum(self.rank_of(item) * module_cost(item.like) for item in self.items)
         working = max((self._working(item) for item in self.items), default=0)
-        return (4 if self.dtype != "F64" else 8) * results + jobs * working
+        return RUNTIME_BYTES + (4 if self.dtype != "F64" else 8) * results + jobs * working
 
     def _working(self, item: Item) -> int:
         out, into = flat_shape(item.like.shape)
@@ -169,7 +171,10 @@ def plan_combine(
         output=output,
         dtype=widest(opened) if wanted is None else wanted.name,
         force=force,
-        warnings=find_warnings(opened, pairing, planned_extras),
+        warnings=(
+            *find_warnings(opened, pairing, planned_extras, items, model),
+            *raised_warnings(items, rank, dense=settled.get("space") == "weight"),
+        ),
     )
 
 
@@ -225,7 +230,7 @@ def combine(
         executor: ``"threads"``, ``"processes"`` or ``"inline"``.
         device: where the best approximation of a rank is formed: ``"cpu"``, ``"cuda"`` or ``"auto"``. What a method
             does with entries or small matrices stays on the processor.
-        max_memory: bytes the arrays may take.
+        max_memory: bytes that may be needed.
         on_step: called after each module, for progress.
         options: of the method, such as ``density`` and ``space`` of ``ties``.
 
@@ -273,7 +278,8 @@ def run_combine(
     needed = planned.peak_bytes(workers.jobs)
     if max_memory is not None and needed > max_memory:
         raise OverBudget(needed, max_memory, hint="fewer --jobs or a smaller --rank need less")
-    work = partial(combine_one, method=planned.method, options=planned.options, device=device)
+    stored = None if planned.output is None else planned.dtype
+    work = partial(combine_one, method=planned.method, options=planned.options, device=device, dtype=stored)
     results = gather(work, planned.items, workers, on_step=on_step)
     adapter, modules = _assemble(planned, results)
     written = 0
@@ -319,6 +325,7 @@ def _report(
         weights=planned.weights,
         rank=max(module.rank for module in modules),
         relative_error=ratio(errors, norms),
+        rounding=ratio(*(math.hypot(*(getattr(r, part) for r in results)) for part in ("rounding", "size"))),
         dtype=planned.dtype,
         modules=modules,
         extras=planned.extras,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Adapter, flat_shape
@@ -12,7 +13,9 @@ from loratools.errors import Mismatch, Unsupported
 from loratools.formats.opening import open_adapter
 from loratools.matrices import require_delta
 from loratools.models import open_base
+from loratools.pairing import strip
 from loratools.refs import local_path
+from loratools.verbs.combine_shapes import hides_kernel, stored_rank
 from loratools.verbs.combine_work import Item
 from loratools.verbs.saving import input_paths, widest
 
@@ -32,6 +35,7 @@ __all__ = [
     "list_items",
     "open_adapters",
     "open_model",
+    "raised_warnings",
     "require_apart",
     "require_deltas",
     "require_rank",
@@ -67,11 +71,11 @@ def settle_weights(weights: float | Sequence[float] | None, count: int) -> tuple
     """One finite number for each adapter.
 
     Raises:
-        Unsupported: another count of them, or one that is not finite.
+        Unsupported: another count of them, or one that is no finite number.
     """
     if weights is None:
         return (1.0,) * count
-    given = [float(one) for one in ([weights] if isinstance(weights, (int, float)) else weights)]
+    given = _numbers(weights)
     if given and len(given) != count:
         raise Unsupported(
             f"{len(given)} weight{'s' * (len(given) != 1)} for {count} adapter{'s' * (count != 1)}",
@@ -81,6 +85,20 @@ def settle_weights(weights: float | Sequence[float] | None, count: int) -> tuple
         if not math.isfinite(weight):
             raise Unsupported(f"weight {number} is {weight}, not a finite number")
     return tuple(given) or (1.0,) * count
+
+
+def _numbers(weights: object) -> list[float]:
+    several = [weights] if isinstance(weights, (str, Real)) else weights
+    try:
+        found = list(several)  # type: ignore[call-overload]
+    except TypeError:
+        found = [weights]
+    for one in found:
+        if not isinstance(one, Real):
+            raise Unsupported(
+                f"weights: {one!r} is no number", hint="give one for each adapter, such as weights=[0.7, 0.3]"
+            )
+    return [float(one) for one in found]
 
 
 def require_rank(rank: int | None) -> None:
@@ -122,6 +140,7 @@ def list_items(
         Unsupported: there are none.
     """
     double = widest(adapters) == "F64"
+    biased = _is_biased(pairing)
     items = []
     for name, slots in pairing.modules.items():
         having = [(task, slot) for task, slot in enumerate(slots) if slot is not None]
@@ -130,13 +149,23 @@ def list_items(
         tasks = tuple(task for task, _ in having)
         factors = tuple(weights[task] for task in tasks)
         kernel = _kernel(name, modules[0][1], base)
-        items.append(Item(name, modules, tasks, factors, rank, double, kernel))
+        zeros = biased and _takes_bias(modules[0][1])
+        items.append(Item(name, modules, tasks, factors, rank, double, kernel, zeros))
     if not items:
         raise Unsupported(
             f"{adapters[0].name} has no modules; there is nothing to combine",
             hint="loratools inspect says what it holds",
         )
     return tuple(items)
+
+
+def _is_biased(pairing: Pairing) -> bool:
+    """Whether any module of any adapter adds to a bias: the field ``lora_bias`` then holds for all of the result."""
+    return any("up_bias" in slot[1].tensors for slots in pairing.modules.values() for slot in slots if slot)
+
+
+def _takes_bias(module: Module) -> bool:
+    return not {"embedding", "experts"} & module.options.keys()
 
 
 def _kernel(name: str, module: Module, base: BaseModel | None) -> tuple[int, ...]:
@@ -157,22 +186,34 @@ def _require_experts(name: str, modules: list[Module]) -> None:
 
 
 def require_apart(adapters: tuple[Adapter, ...], pairing: Pairing) -> None:
-    """Refuse a weight that one adapter adds to and another one replaces: the order would matter."""
-    owners = {f"{name}.weight": name for name in pairing.modules}
+    """Refuse a weight that one adapter adds to and another one replaces, all of it or some rows.
+
+    The order would matter; and PEFT cannot wrap one embedding for both.
+    """
+    owners = {strip(name): name for name in pairing.modules} | {name: name for name in pairing.modules}
     for name, slots in pairing.extras.items():
         for index, slot in enumerate(slots):
-            module = pairing.modules.get(owners.get(name, ""))
-            if slot is None or slot[1].role != "replacement" or module is None or module[index] is not None:
+            if slot is None or slot[1].role not in {"replacement", "token_rows"}:
+                continue
+            rows = slot[1].role == "token_rows"
+            owner = name.removesuffix(".trainable_tokens_delta" if rows else ".weight")
+            module = pairing.modules.get(owners.get(owner, owners.get(strip(owner), "")))
+            if owner == name or module is None or (module[index] is not None and not rows):
                 continue
             other = next(task for task, one in enumerate(module) if one is not None)
+            what = f"token rows of {owner}" if rows else name
             raise Mismatch(
-                f"{adapters[index].name} replaces {name}, to which {adapters[other].name} adds a delta",
+                f"{adapters[index].name} replaces {what}, to which {adapters[other].name} adds a delta",
                 hint="merge them into the base one after the other",
             )
 
 
 def find_warnings(
-    adapters: tuple[Adapter, ...], pairing: Pairing, extras: tuple[CombinedExtra, ...]
+    adapters: tuple[Adapter, ...],
+    pairing: Pairing,
+    extras: tuple[CombinedExtra, ...],
+    items: Sequence[Item],
+    base: BaseModel | None,
 ) -> tuple[str, ...]:
     """What a careful user should read: the adapters' own warnings, then those of their combination."""
     found = [f"{adapter.name}: {warning}" for adapter in adapters for warning in adapter.warnings]
@@ -194,4 +235,77 @@ def find_warnings(
         if names := [extra.name for extra in extras if extra.rule == rule]:
             rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"the adapters differ in {names[0]}{rest}: {taken}")
-    return tuple(found)
+    return (*found, *_kernel_warnings(items, base), *_bias_warnings(items, base))
+
+
+def _kernel_warnings(items: Sequence[Item], base: BaseModel | None) -> list[str]:
+    """On modules that may be convolutions, where neither a file nor the base tells."""
+    hidden = [
+        (item.name, item.modules[0][1].kind)
+        for item in items
+        if all(hides_kernel(module) for _, module in item.modules)
+        and len(item.like.shape) == 2
+        and (base is None or f"{item.name}.weight" not in base.source.specs)
+    ]
+    if not hidden:
+        return []
+    name, kind = hidden[0]
+    return [
+        f"{name} is {kind} and becomes a plain LoRA; its file does not tell a linear layer from a convolution, and "
+        "on a convolution PEFT will not load the result"
+        + (f" (and {len(hidden) - 1} more)" if hidden[1:] else "")
+        + ("; give the base (--base) if there are any" if base is None else "")
+    ]
+
+
+def _bias_warnings(items: Sequence[Item], base: BaseModel | None) -> list[str]:
+    """On modules for which ``lora_bias`` comes to hold although no adapter had it for them."""
+    having = [any("up_bias" in module.tensors for _, module in item.modules) for item in items]
+    if not any(having):
+        return []
+    without = [item for item, has in zip(items, having, strict=True) if not has]
+    unable = [item.name for item in without if not _takes_bias(item.like)]
+    spread = [
+        item.name
+        for item in without
+        if _takes_bias(item.like) and (base is None or f"{item.name}.bias" not in base.source.specs)
+    ]
+    found = []
+    if unable:
+        rest = f" and {len(unable) - 1} more" if unable[1:] else ""
+        found.append(
+            f"lora_bias holds for a whole file, and PEFT has none for {unable[0]}{rest}: it will not load the result"
+        )
+    if spread:
+        rest = f" and {len(spread) - 1} more" if spread[1:] else ""
+        condition = "" if base is not None else " where the base has no bias"
+        found.append(
+            f"lora_bias holds for a whole file, so one of zeros is written for {spread[0]}{rest}; PEFT loads it, "
+            f"and will not merge it{condition}"
+        )
+    return found
+
+
+def raised_warnings(items: Sequence[Item], rank: int | None, *, dense: bool) -> list[str]:
+    """On modules that a rank was asked for that nothing in them can have.
+
+    Args:
+        items: of the result.
+        rank: that was asked for.
+        dense: the method gives more than the sum of the ranks, up to what the shape allows.
+    """
+    if rank is None:
+        return []
+    most = {item.name: _most(item, dense=dense) for item in items}
+    raised = [name for name, limit in most.items() if limit < rank]
+    if not raised:
+        return []
+    return [
+        f"{raised[0]} is raised from rank {most[raised[0]]} to {rank}, with zeros that change nothing"
+        + (f" (and {len(raised) - 1} more are)" if raised[1:] else "")
+    ]
+
+
+def _most(item: Item, *, dense: bool) -> int:
+    limit = min(flat_shape(item.like.shape))
+    return limit if dense else min(limit, sum(stored_rank(module) for _, module in item.modules))

@@ -64,6 +64,8 @@ class CombineReport(Report):
         rank: the greatest of the modules' ranks.
         relative_error: ‖written - defined‖ / ‖defined‖ over all modules, before rounding to the output's type; 0
             where the factors express the method's result exactly.
+        rounding: ‖stored - computed‖ / ‖computed‖ of the factors, which rounding them to ``dtype`` costs besides; 0 in
+            memory, where they are not rounded.
         dtype: of the factors as written.
         modules: one entry each.
         extras: the other tensors, and by which rule each came about.
@@ -81,6 +83,7 @@ class CombineReport(Report):
     weights: tuple[float, ...]
     rank: int
     relative_error: float
+    rounding: float
     dtype: str
     modules: tuple[CombinedModule, ...]
     extras: tuple[CombinedExtra, ...]

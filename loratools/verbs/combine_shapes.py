@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loratools.verbs.combine_report import CombinedExtra
     from loratools.verbs.combine_work import Item
 
-__all__ = ["shape_module", "stored_rank", "unread_extras"]
+__all__ = ["hides_kernel", "shape_module", "stored_rank", "unread_extras"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,12 @@ class _Headers:
 
     def extent(self, name: str) -> None:
         """Nowhere yet."""
+
+
+def hides_kernel(module: Module) -> bool:
+    """Whether the file has a convolution's kernel flattened, as it would have a linear layer."""
+    flat = module.kind in {"adalora", "loha", "lokr"} and len(module.shape) == 2
+    return flat and "embedding" not in module.options
 
 
 def stored_rank(module: Module) -> int:
@@ -51,7 +57,7 @@ def shape_module(item: Item, rank: int, dtype: str) -> Module:
         "down": (rank * count, *like.shape[1:]),
         "up": (out, rank * count, *(1 for _ in like.shape[2:])),
     }
-    if any("up_bias" in module.tensors for _, module in item.modules):
+    if item.biased or any("up_bias" in module.tensors for _, module in item.modules):
         shapes["up_bias"] = (out,)
     source = cast(
         "TensorSource",

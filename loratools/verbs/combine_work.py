@@ -32,6 +32,7 @@ class Item:
         rank: that is asked for; None for what the method gives.
         double: compute and keep float64.
         kernel: of the convolution, where the base model tells it.
+        biased: it is to have a bias of zeros where no adapter has one for it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Item:
     rank: int | None
     double: bool
     kernel: tuple[int, ...] = ()
+    biased: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,15 +68,21 @@ class Combined:
         bias: what is added to the bias, (out,); None where nothing is.
         norm: Frobenius, over the matrices, of what the method defines; None where it was not needed.
         error: of the factors against that.
+        rounding: ‖stored - factors‖ over the matrices, for the type they are stored in.
+        size: ‖factors‖; 0 where no type that rounds them was named.
     """
 
     factors: tuple[LowRank, ...]
     bias: Array | None
     norm: float | None
     error: float
+    rounding: float = 0.0
+    size: float = 0.0
 
 
-def combine_one(item: Item, *, method: Method, options: dict[str, Any], device: str = "cpu") -> Combined:
+def combine_one(
+    item: Item, *, method: Method, options: dict[str, Any], device: str = "cpu", dtype: str | None = None
+) -> Combined:
     """Combine one module.
 
     Args:
@@ -82,6 +90,7 @@ def combine_one(item: Item, *, method: Method, options: dict[str, Any], device: 
         method: how.
         options: of the method, settled.
         device: where the best approximation of a rank is formed.
+        dtype: name of the type the factors will be stored in; None where they stay as they are.
 
     Raises:
         InputError: a factor holds values that are not finite.
@@ -103,12 +112,39 @@ def combine_one(item: Item, *, method: Method, options: dict[str, Any], device: 
         stack = Stack(name, deltas, item.weights, item.tasks, item.rank, device)
         results.append(_run(item.name, stack, method, options))
     norms = [result.norm for result in results]
+    factors = tuple(_finite(item.name, result.delta) for result in results)
+    rounded = [_rounding(delta, dtype) for delta in factors] if dtype is not None else []
     return Combined(
-        factors=tuple(_finite(item.name, result.delta) for result in results),
+        factors=factors,
         bias=_bias(item, method, options),
         norm=None if None in norms else _length([norm for norm in norms if norm is not None]),
         error=_length([result.error for result in results]),
+        rounding=_length([apart for apart, _ in rounded]),
+        size=_length([size for _, size in rounded]),
     )
+
+
+def _rounding(delta: LowRank, dtype: str) -> tuple[float, float]:
+    """How far the factors are from themselves as stored in a type, and their norm; (0, 0) where nothing rounds."""
+    import numpy as np
+
+    from loratools.deltas.algebra import factored
+    from loratools.deltas.likeness import compare
+    from loratools.deltas.lowrank import LowRank
+    from loratools.dtypes import DTYPES, narrow, widen
+
+    stored, whole = DTYPES[dtype], factored(delta)
+    if stored.bits >= 8 * whole.up.dtype.itemsize:
+        return 0.0, 0.0
+    kept = []
+    for values in (whole.up, whole.down):
+        flat = np.ascontiguousarray(values).reshape(-1)
+        raw = narrow(flat, stored, np.empty(stored.nbytes(flat.size), np.uint8))
+        kept.append(widen(raw, stored).reshape(values.shape))
+        if not np.isfinite(np.dot(kept[-1].reshape(-1), kept[-1].reshape(-1))):
+            return 0.0, 0.0  # writing it will say so, and where
+    found = compare(whole, LowRank(kept[0], kept[1]), overlap=False)
+    return found.distance, found.norm_a
 
 
 def _run(name: str, stack: Stack, method: Method, options: dict[str, Any]) -> Approximation:
@@ -131,9 +167,9 @@ def _bias(item: Item, method: Method, options: dict[str, Any]) -> Array | None:
     from loratools.methods.base import Stack
 
     found = [bias_delta(module) for _, module in item.modules]
-    if all(bias is None for bias in found):
-        return None
     out = flat_shape(item.like.shape)[0]
+    if all(bias is None for bias in found):
+        return np.zeros(out, np.float32) if item.biased else None
     biases = [np.zeros(out, np.float32) if bias is None else bias for bias in found]
     if method.spaces:
         columns = tuple(LowRank(bias.reshape(-1, 1), np.ones((1, 1), bias.dtype)) for bias in biases)

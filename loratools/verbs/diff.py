@@ -195,8 +195,9 @@ def run_diff(
         modules=modules,
         extras=extras,
         config=tuple(_config_differences(planned.a, planned.b)),
-        warnings=tuple(_warnings(planned, found, whole.relative)),
+        warnings=tuple(_warnings(planned, found, whole.relative, tolerance)),
         seconds=time.perf_counter() - started,
+        one_sided_modules=any(None in slots for slots in planned.pairing.modules.values()),
     )
 
 
@@ -294,7 +295,9 @@ def _tensor(item: Pair, compared: Compared) -> TensorDifference:
     )
 
 
-def _warnings(planned: DiffPlan, found: Sequence[tuple[Pair, Compared]], relative: float) -> Iterable[str]:
+def _warnings(
+    planned: DiffPlan, found: Sequence[tuple[Pair, Compared]], relative: float, tolerance: float
+) -> Iterable[str]:
     a, b, pairing = planned.a, planned.b, planned.pairing
     if _same_file(a, b):
         yield f"A and B are the same: {a.name}"
@@ -320,7 +323,8 @@ def _warnings(planned: DiffPlan, found: Sequence[tuple[Pair, Compared]], relativ
             f"{len(mine)} modules are {kind}, which is not a plain sum: their tensors are compared as they are stored "
             f"({mine[0]})"
         )
-    yield from _rounded(planned.items, relative)
+    if relative > tolerance:
+        yield from _rounded(planned.items, relative)
     yield from _same_start([(item, one.likeness) for item, one in found if item.tensors is None])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratools.verbs.reports import Report
@@ -107,6 +107,7 @@ class DiffReport(Report):
         config: fields of the configurations that differ; they do not make the adapters different.
         warnings: what a careful user should read.
         seconds: wall time.
+        one_sided_modules: whether a module, and not only a tensor, is in one of them alone.
     """
 
     a: str
@@ -125,6 +126,7 @@ class DiffReport(Report):
     config: tuple[ConfigDifference, ...]
     warnings: tuple[str, ...]
     seconds: float
+    one_sided_modules: bool = field(default=False, metadata={"json": False})
 
     @property
     def changed_extras(self) -> tuple[TensorDifference, ...]:

@@ -22,6 +22,7 @@ __all__ = ["Compared", "Pair", "compare_pair"]
 
 _CHUNK = 1 << 20  # elements of a tensor that are compared at a time
 _FLOAT32, _FLOAT64 = 4, 8
+_CANCELLED = 2.0**-46  # norm over the sum of its terms' norms: below it, there is only rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,24 @@ def _of_matrices(a: LowRank | None, b: LowRank | None) -> Likeness:
     present = a or b
     assert present is not None
     nothing = replace(present, up=present.up[:, :0], down=present.down[:0])
-    return compare(a or nothing, b or nothing)
+    found = compare(a or nothing, b or nothing)
+    zero_a, zero_b = _cancels(a, found.norm_a), _cancels(b, found.norm_b)
+    if zero_a or zero_b:
+        found = compare(nothing if zero_a else a or nothing, nothing if zero_b else b or nothing)
+    return found
+
+
+def _cancels(delta: LowRank | None, norm: float) -> bool:
+    """Whether its terms cancel, and its norm is no more than the rounding of their sum in float64: that is zero."""
+    import numpy as np
+
+    if delta is None or not norm:
+        return False
+    lengths = [
+        np.linalg.norm(values.astype(np.float64), axis=axis)
+        for axis, values in enumerate((delta.up, delta.down))
+    ]
+    return norm <= _CANCELLED * abs(delta.scaling) * float(lengths[0] @ lengths[1]) < math.inf
 
 
 def _of_vectors(a: Array | None, b: Array | None) -> Likeness:

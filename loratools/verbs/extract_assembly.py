@@ -77,18 +77,26 @@ def assemble(survey: Survey, results: Sequence[Decomposed]) -> Assembled:
     split = len(survey.candidates)
     pairs = list(zip(survey.candidates, results[:split], strict=True))
     nested = _nested(pairs)
-    # PEFT has no delta of a bias in an adapter that has modules of these kinds too.
-    rigid = any(one.form in {"experts", "embedding"} and result.factors for one, result in pairs)
+    # PEFT has no delta of a bias in an adapter that has modules of these kinds too, nor merges one into a layer
+    # without a bias, and gives one to every layer or to none.
+    rigid = any(
+        (one.form in {"experts", "embedding"} or one.bias is None) and result.factors for one, result in pairs
+    )
     for candidate, result in pairs:
         _module(made, candidate, result, nested=candidate.weight in nested, lora_bias=not rigid)
     _wholes(made, survey, results[split:])
-    shared = [path for path in (*made.modules, *made.whole) if path.rpartition(".")[2] == "shared"]
     made.warnings += [
         f"{path} is the embedding of an encoder and a decoder: PEFT adapts it under this name alone, and both look "
         "tokens up under others; loratools merge reaches all"
-        for path in shared
+        for path in made.modules
+        if path.rpartition(".")[2] == "shared"
     ]
-    made.tied = made.tied or any(extra.target == survey.tied for extra in made.extras.values())
+    made.warnings += [
+        f"{path} is the embedding of an encoder and a decoder, and goes along whole: PEFT does not reach both of them "
+        "under this name, or refuses to load it; loratools merge reaches all"
+        for path in made.whole
+        if path.rpartition(".")[2] == "shared"
+    ]
     return made
 
 
@@ -182,6 +190,11 @@ def _mirror(made: Assembled, one: Candidate, result: Decomposed) -> None:
     factors = [LowRank(f.down.T, f.up.T) for f in result.factors]
     like = Module("lora", {}, 1, 1.0, 1.0, one.shape[::-1])
     made.modules[one.mirror] = lora_module(like, factors, prefix=one.mirror)
+    made.warnings.append(
+        f"{one.path} and {one.mirror} are one weight, and LoRA is on both: PEFT runs the adapter right, but its "
+        "merge_and_unload adds the change twice; merge with loratools merge, or take it whole with --exclude and "
+        "--full-tensors all"
+    )
 
 
 def _bias(made: Assembled, key: str, name: str, tuned: TensorRef) -> None:
@@ -217,6 +230,20 @@ def _wholes(made: Assembled, survey: Survey, results: Sequence[Decomposed]) -> N
         made.extras[PREFIX + memory] = Extra(tuned, memory, "replacement", "modules_to_save")
         spec = tuned.spec
         made.full.append(FullTensor(tuned.name, spec.shape, spec.dtype.name, spec.nbytes, reason))
+    _whole_head(made, survey)
+
+
+def _whole_head(made: Assembled, survey: Survey) -> None:
+    """The output embedding beside the input embedding it is tied to: PEFT copies, and asks for, one of each."""
+    whole = next((extra for extra in made.extras.values() if extra.target == survey.tied), None)
+    if whole is None or survey.head is None:
+        return
+    made.tied = True
+    for key, tensor in ((survey.head, whole.tensor), *([survey.head_bias] if survey.head_bias else [])):
+        made.extras[PREFIX + key] = Extra(tensor, key, "replacement", "modules_to_save")
+    owner = survey.head.rpartition(".")[0]
+    if not any(owner.startswith(f"{other}.") for other in made.whole):
+        made.whole = tuple(sorted((*made.whole, owner)))
 
 
 def _uncarried(made: Assembled, whole: Whole) -> str | None:

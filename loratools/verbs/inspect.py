@@ -109,7 +109,14 @@ def with_spectra(found: InspectReport, adapter: Adapter, jobs: int | None = None
     warnings = found.warnings
     if without := [info for info in modules if info.singular_values is None]:
         first, more = without[0], f" (and {len(without) - 1} more)" if without[1:] else ""
-        warnings = (*warnings, f"{first.name} has no spectrum: {first.kind} is not a plain sum{more}")
+        init = adapter.modules[first.name].options.get("init")
+        why = f"it starts from a part of its base ({init})" if init else f"{first.kind} is not a plain sum"
+        warnings = (*warnings, f"{first.name} has no spectrum: {why}{more}")
+    if guessed := [item.name for item in items if "config_rank" in item.module.options]:
+        more = f" (and {len(guessed) - 1} more)" if guessed[1:] else ""
+        whose = f"norms and singular values of {guessed[0]}{more}"
+        why = "the configuration was written for another rank"
+        warnings = (*warnings, f"{whose} are by a scaling that is a guess: {why}")
     return replace(found, modules=modules, warnings=warnings, spectrum=True)
 
 

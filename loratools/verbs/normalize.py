@@ -28,7 +28,7 @@ from loratools.verbs.normalize_planning import (
     require_plain,
 )
 from loratools.verbs.normalize_work import make_plain
-from loratools.verbs.saving import float_dtype, identify_adapter, input_paths, save
+from loratools.verbs.saving import WEIGHTS_NAME, float_dtype, identify_adapter, input_paths, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -149,8 +149,12 @@ def normalize(
     return make_report(
         adapter, made, results, dropped, renamed, kind, warnings,
         output=None if out is None else os.fspath(out),
-        size=sum(r.spec.nbytes for r in made.tensors) if saved is None else saved.bytes,
+        size=sum(r.spec.nbytes for r in made.tensors) if saved is None else _weights_bytes(Path(saved.path)),
     )  # fmt: skip
+
+
+def _weights_bytes(saved: Path) -> int:
+    return (saved / WEIGHTS_NAME if saved.is_dir() else saved).stat().st_size
 
 
 def _open_base(base: Ref | Mapping[str, Any] | None) -> BaseModel | None:

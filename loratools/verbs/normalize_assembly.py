@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import AdapterConfig
@@ -151,6 +152,10 @@ def make_report(
 
 
 def _stored_bytes(adapter: Adapter) -> int:
+    """Of the files an adapter's tensors lie in, headers and all; of the tensors, where they lie in memory."""
+    extents = [ref.source.extent(ref.name) for ref in adapter.tensors]
+    if extents and None not in extents:
+        return sum(Path(path).stat().st_size for path in {e.path for e in extents if e is not None})
     refs = [ref for module in adapter.modules.values() for ref in module.tensors.values()]
     return sum(ref.spec.nbytes for ref in [*refs, *(extra.tensor for extra in adapter.extras.values())])
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from loratools.adapter import flat_shape
 from loratools.binding import bind
 from loratools.errors import Mismatch, OverBudget, Unsupported
+from loratools.formats.peft import PREFIX
 from loratools.planning import RUNTIME_BYTES
 from loratools.tensors.base import TensorRef
 from loratools.verbs.saving import widest
@@ -71,13 +72,13 @@ def _mend(name: str) -> str:
 
     >>> _mend("module.model.layers.0._orig_mod.q_proj")
     'model.layers.0.q_proj'
+    >>> _mend("module.base_model.model.layers.0.q_proj")
+    'layers.0.q_proj'
     """
     lead = re.match(r"(?:base_model\.model\.)*", name)
     start = "" if lead is None else lead[0]
     rest = re.sub(r"(?:^|(?<=\.))_orig_mod\.", "", name[len(start) :])
-    while rest.startswith("module."):
-        rest = rest.removeprefix("module.")
-    return start + rest
+    return start + re.sub(rf"^(?:module\.(?:{re.escape(PREFIX)})*)+", "", rest.removeprefix(PREFIX))
 
 
 def require_plain(adapter: Adapter, rank: int | None) -> list[str]:

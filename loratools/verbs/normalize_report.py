@@ -66,8 +66,8 @@ class NormalizeReport(Report):
         dropped_tensors: tensors that were of use in training only, left out.
         renamed: modules whose name was mended, old to new.
         config: fields that changed.
-        bytes_before: of the tensors read.
-        bytes: of all files written, or of the tensors in memory.
+        bytes_before: of the weight file read, or of the tensors where they lie in none.
+        bytes: of the weight file written, or of the tensors in memory.
         warnings: what the result still depends on.
         adapter: the result.
     """

@@ -14,10 +14,11 @@ from loratools.adapter import Adapter
 from loratools.arrays import check_double
 from loratools.deltas.ranks import tails
 from loratools.dtypes import dtype as named_dtype
-from loratools.errors import InputError, OverBudget
+from loratools.errors import InputError, Mismatch, OverBudget
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
 from loratools.matrices import module_cost, require_delta
+from loratools.planning import RUNTIME_BYTES
 from loratools.publishing import require_place
 from loratools.running import default_jobs, gather, peak_memory
 from loratools.verbs.reduce_budget import Task, ranks_together, reduced_adapter, written_bytes
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
     from loratools.dtypes import Array
     from loratools.executors.base import Executor
     from loratools.verbs.reduce_rules import Rule
-    from loratools.verbs.reduce_work import Item
+    from loratools.verbs.reduce_work import Item, Made
 
 __all__ = ["plan_reduce", "reduce"]
 
 Ref = str | os.PathLike[str]
-_START = 60_000_000  # bytes that Python and numpy take
+_ROUNDED = 1e-6  # below this, a relative error is that of the arithmetic
 _COPIES = 6  # of a module's factors, in float64, that exist at one time
 
 
@@ -84,8 +85,11 @@ def reduce(
     (1, 0.6, (2, 1))
 
     Exactly one of ``rank``, ``energy``, ``error``, ``params``, ``size`` and ``noise_floor`` says how far. A module of
-    which nothing is left is dropped and listed, unless it also adds to a bias. The result is a plain LoRA whose alpha
-    is its rank; tensors that are no delta are carried over as they are.
+    which nothing is left is dropped and listed, unless it also adds to a bias. The result is a plain LoRA; tensors that
+    are no delta are carried over as they are. A module of a plain LoRA of which nothing is cut off keeps its stored
+    factors and its scaling; of any other the alpha is its rank. ``relative_error`` is that of the factors as they are
+    stored, so :func:`loratools.diff` says the same (in float32 and float64, without their rounding). A greatest
+    ``error`` limits what is cut off; where rounding to 16 bits adds more than it allows, a warning says so.
 
     Args:
         ref: a folder, a weight file, a state dict, or what :func:`loratools.load` returned.
@@ -117,6 +121,7 @@ def reduce(
 
     Raises:
         InputError: the adapter cannot be read, holds values that are not finite, or nothing would be left of it.
+        Mismatch: the configuration was written for other weights.
         Unsupported: a rule that cannot be, or a module that is not a plain sum.
         NonFinite: a value does not fit ``dtype``.
         OverBudget: more memory is needed than ``max_memory``.
@@ -194,6 +199,7 @@ def _prepare(
     adapter.require_computable()
     if not adapter.modules:
         raise InputError(f"{adapter.name} has no modules to reduce")
+    _require_ranks(adapter)
     for name, module in adapter.modules.items():
         require_delta(name, module)
     inputs = tuple(Path(one) for one in [ref] if isinstance(one, (str, os.PathLike)))
@@ -202,6 +208,17 @@ def _prepare(
     if task.out is not None:
         require_place(task.out, [*input_paths(adapter), *inputs], force=force)
     return task
+
+
+def _require_ranks(adapter: Adapter) -> None:
+    """Refuse a configuration that was written for other weights: the scaling it gives would be a guess."""
+    for name, module in adapter.modules.items():
+        if "config_rank" in module.options:
+            wanted = module.options["config_rank"]
+            raise Mismatch(
+                f"{adapter.name}: {name} has rank {module.rank} in the file and {wanted} in the configuration",
+                hint="is this the configuration the weights were saved with?",
+            )
 
 
 def _workers(task: Task, executor: str, jobs: int | None, max_memory: int | None) -> Executor:
@@ -222,7 +239,7 @@ def _peak_bytes(task: Task, jobs: int) -> int:
         whole = sum(
             module_cost(module) * int(task.rule.value or 0) for module in task.adapter.modules.values()
         )
-    return _START + 4 * whole + jobs * 8 * _COPIES * max(costs.values())
+    return RUNTIME_BYTES + 4 * whole + jobs * 8 * _COPIES * max(costs.values())
 
 
 # --- computing -----------------------------------------------------------------------------------------------
@@ -230,10 +247,15 @@ def _peak_bytes(task: Task, jobs: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What was computed: the singular values of every module before, and the adapter after."""
+    """What was computed: the singular values of every module before, the adapter after, and how far it is off.
+
+    Attributes:
+        distances: ‖before - after‖ by module, where that was measured.
+    """
 
     spectra: dict[str, Array]
     adapter: Adapter
+    distances: dict[str, float]
 
 
 def _carry_out(task: Task, workers: Executor, device: str, on_step: Callable[[Item], None] | None) -> _Work:
@@ -246,20 +268,21 @@ def _carry_out(task: Task, workers: Executor, device: str, on_step: Callable[[It
         )
         spectra = {item.name: outcome.values for item, outcome in zip(task.items, found, strict=True)}
         made = {
-            item.name: one.module
-            for item, one in zip(task.items, found, strict=True)
-            if one.module is not None
+            item.name: one.made for item, one in zip(task.items, found, strict=True) if one.made is not None
         }
-        return _Work(spectra, reduced_adapter(task, made))
+        return _work(task, spectra, made)
     spectra = dict(
         zip(task.adapter.modules, gather(partial(spectrum, device=device), task.items, workers), strict=True)
     )
     ranks = ranks_together(task, spectra)
     kept = [replace(item, rank=ranks[item.name]) for item in task.items if ranks[item.name]]
     modules = gather(partial(truncated, dtype=task.dtype, device=device), kept, workers, on_step=on_step)
-    return _Work(
-        spectra, reduced_adapter(task, {item.name: one for item, one in zip(kept, modules, strict=True)})
-    )
+    return _work(task, spectra, {item.name: one for item, one in zip(kept, modules, strict=True)})
+
+
+def _work(task: Task, spectra: dict[str, Array], made: Mapping[str, Made]) -> _Work:
+    distances = {name: one.distance for name, one in made.items() if one.distance is not None}
+    return _Work(spectra, reduced_adapter(task, {name: one.module for name, one in made.items()}), distances)
 
 
 # --- the result ----------------------------------------------------------------------------------------------
@@ -275,16 +298,15 @@ def _bytes_before(task: Task) -> int:
 
 def _report(task: Task, work: _Work, started: float) -> ReduceReport:
     modules = _modules(task, work)
+    error = _over_all(modules)
     kept = [one.rank for one in modules if one.rank]
-    whole = math.hypot(*(one.norm for one in modules))
-    lost = math.hypot(*(one.norm * one.relative_error for one in modules))
     return ReduceReport(
         output=None if task.out is None else str(task.out),
         rule=task.rule.name,
         value=task.rule.value,
         scope="per module" if task.rule.per_module else "global",
         rank=Range(min(kept), max(kept)),
-        relative_error=lost / whole if whole else 0.0,
+        relative_error=error,
         dtype=task.dtype.name,
         modules=modules,
         dropped=tuple(one.name for one in modules if not one.rank),
@@ -294,9 +316,15 @@ def _report(task: Task, work: _Work, started: float) -> ReduceReport:
         bytes_after=written_bytes(task, work.adapter),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        warnings=tuple(_warnings(task, modules)),
+        warnings=tuple(_warnings(task, modules, error)),
         adapter=work.adapter,
     )
+
+
+def _over_all(modules: tuple[ReducedModule, ...]) -> float:
+    whole = math.hypot(*(one.norm for one in modules))
+    lost = math.hypot(*(one.norm * one.relative_error for one in modules))
+    return lost / whole if whole else 0.0
 
 
 def _hides_its_kernel(module: Module) -> bool:
@@ -311,12 +339,23 @@ def _modules(task: Task, work: _Work) -> tuple[ReducedModule, ...]:
         made = work.adapter.modules.get(name)
         rank = 0 if made is None else made.rank or 0
         norm = float(lost[0])
-        error = float(lost[min(rank, len(lost) - 1)]) / norm if norm else 0.0
+        apart = work.distances.get(name, float(lost[min(rank, len(lost) - 1)]))
+        error = apart / norm if norm else 0.0
         found.append(ReducedModule(name, module.rank, rank, module.shape, norm, error, norm == 0))
     return tuple(found)
 
 
-def _warnings(task: Task, modules: tuple[ReducedModule, ...]) -> Iterable[str]:
+def _warnings(task: Task, modules: tuple[ReducedModule, ...], error: float) -> Iterable[str]:
+    worst = max((one.relative_error for one in modules), default=0.0) if task.rule.per_module else error
+    if (
+        task.rule.name == "error"
+        and worst > max(task.rule.value or 0.0, _ROUNDED)
+        and task.dtype.nbytes(1) <= 2
+    ):
+        yield (
+            f"the relative error is {worst:.2g} once the factors are rounded to {task.dtype.name}, more than the "
+            f"{task.rule.value:g} that was asked for: --dtype f32 keeps to it"
+        )
     kernels = [
         (name, module.kind) for name, module in task.adapter.modules.items() if _hides_its_kernel(module)
     ]

@@ -23,8 +23,9 @@ class ReducedModule:
         rank: of the result; 0 where the module was dropped.
         shape: of the delta.
         norm: Frobenius, of the delta before.
-        relative_error: ‖before - after‖ / ‖before‖, from the singular values, before rounding to the output's type; 0
-            where the delta is zero.
+        relative_error: ‖before - after‖ / ‖before‖ of the weight's delta, with the rounding to an output of 16 bits;
+            in wider types from the singular values alone. Exactly 0 where the stored factors are kept as they are, or
+            the delta is zero.
         zero: the delta is zero.
     """
 
@@ -47,7 +48,8 @@ class ReduceReport(Report):
         value: of the rule; None for the noise floor, which has none.
         scope: ``per module``, or ``global``: one optimum over all modules.
         rank: least and greatest over the modules of the result.
-        relative_error: ‖before - after‖ / ‖before‖ over all modules, as theirs.
+        relative_error: ‖before - after‖ / ‖before‖ over all modules, as theirs. A bias that a module adds is not
+            counted, which ``diff`` does.
         dtype: of the factors of the result.
         modules: one entry each, also for those that were dropped.
         dropped: modules of which nothing is left, and which the result does not have.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loratools.adapter import Module, flat_shape
 from loratools.deltas.algebra import core, singular_values
+from loratools.deltas.likeness import compare
 from loratools.deltas.lowrank import LowRank, expert
 from loratools.deltas.ranks import joined, rank_above, rank_for_energy, rank_for_error, rounding_variances
 from loratools.dtypes import largest, narrow
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from loratools.dtypes import Array, Dtype
     from loratools.verbs.reduce_rules import Rule
 
-__all__ = ["Item", "Outcome", "least_rank", "of_rank", "reduced", "spectrum", "truncated"]
+__all__ = ["Item", "Made", "Outcome", "least_rank", "of_rank", "reduced", "spectrum", "truncated"]
+
+# Roles of a plain LoRA's tensors, and options that leave its two factors what they are.
+_PLAIN_ROLES = {"up", "down", "up_bias"}
+_PLAIN_OPTIONS = {"embedding", "experts", "blockwise", "parameter"}
+_HALF = 2  # bytes of the types whose rounding is worth measuring: what float32 loses is a ten-millionth
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +44,58 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """A module of the result.
+
+    Attributes:
+        module: as it will be stored.
+        distance: ‖before - after‖ of the factors as they are stored; None where the singular values say it.
+    """
+
+    module: Module
+    distance: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One module, reduced.
 
     Attributes:
         values: the singular values before, descending; of several experts, the i-th of all together.
         rank: it got.
-        module: the result; None where nothing is left.
+        made: the result; None where nothing is left.
     """
 
     values: Array
     rank: int
-    module: Module | None
+    made: Made | None
 
 
 def spectrum(item: Item, device: str = "cpu") -> Array:
     """The singular values of a module's scaled delta."""
-    return joined([singular_values(one) for one in _deltas(item, device)])
+    return joined([singular_values(one) for one in _on(matrices(item.module, item.name), device)])
 
 
 def reduced(item: Item, rule: Rule, dtype: Dtype, device: str = "cpu") -> Outcome:
     """A module by a rule that looks at nothing else."""
-    cores = _cores(item, device)
+    truths = matrices(item.module, item.name)
+    cores = [core(one) for one in _on(truths, device)]
     values = joined([one.values for one in cores])
     rank = max(_rank(item, rule, cores, values), least_rank(item.module))
-    return Outcome(values, rank, _made(item, cores, rank, dtype) if rank else None)
+    if not rank:
+        return Outcome(values, rank, None)
+    item = replace(item, rank=rank)
+    whole = _whole(item)
+    made = _nearest(item, truths, cores, dtype) if whole is None else _kept(item, whole, dtype)
+    return Outcome(values, rank, made)
 
 
-def truncated(item: Item, dtype: Dtype, device: str = "cpu") -> Module:
+def truncated(item: Item, dtype: Dtype, device: str = "cpu") -> Made:
     """A module at the rank it was given."""
-    return _made(item, _cores(item, device), item.rank, dtype)
+    truths = matrices(item.module, item.name)  # also where they are kept: it refuses what is not finite
+    if (whole := _whole(item)) is not None:
+        return _kept(item, whole, dtype)
+    return _nearest(item, truths, [core(one) for one in _on(truths, device)], dtype)
 
 
 def least_rank(module: Module) -> int:
@@ -75,13 +103,8 @@ def least_rank(module: Module) -> int:
     return int("up_bias" in module.tensors)
 
 
-def _cores(item: Item, device: str) -> list[Core]:
-    return [core(one) for one in _deltas(item, device)]
-
-
-def _deltas(item: Item, device: str) -> list[LowRank]:
-    found = matrices(item.module, item.name)
-    return [one if device == "cpu" else one.on(device) for one in found]
+def _on(deltas: Sequence[LowRank], device: str) -> list[LowRank]:
+    return [one if device == "cpu" else one.on(device) for one in deltas]
 
 
 def _rank(item: Item, rule: Rule, cores: Sequence[Core], values: Array) -> int:
@@ -138,12 +161,74 @@ def _noise(item: Item, cores: Sequence[Core]) -> list[Array]:
 # --- the result ----------------------------------------------------------------------------------------------
 
 
-def _made(item: Item, cores: Sequence[Core], rank: int, dtype: Dtype) -> Module:
-    factors = [_stored(item.name, one.truncate(rank), dtype) for one in cores]
+def _whole(item: Item) -> list[LowRank] | None:
+    """The stored factors of a plain LoRA, unscaled, where they hold all of the result; else None.
+
+    A rank that only zeros fill may be cut off them.
+    """
+    module = item.module
+    plain = module.kind == "lora" and module.tensors.keys() <= _PLAIN_ROLES
+    if not (plain and module.options.keys() <= _PLAIN_OPTIONS and module.scaling and module.rank):
+        return None
+    wide = any(ref.spec.dtype.name == "F64" for ref in module.tensors.values())
+    up, down = (module.array(role, wide) for role in ("up", "down"))
+    up, down = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
+    count, blockwise = module.options.get("experts", 1), module.options.get("blockwise", False)
+    found = [LowRank(up, down)]
+    if count > 1:
+        found = [LowRank(*expert(up, down, i, count, blockwise=blockwise)) for i in range(count)]
+    if item.rank < module.rank:
+        used = [one.up.any(axis=0) & one.down.any(axis=1) for one in found]
+        if any(np.count_nonzero(mine) > item.rank for mine in used):
+            return None
+        found = [LowRank(one.up[:, mine], one.down[mine]) for one, mine in zip(found, used, strict=True)]
+    return found
+
+
+def _kept(item: Item, before: Sequence[LowRank], dtype: Dtype) -> Made:
+    """The stored factors, value for value, with zeros up to the rank; their scaling stays beside them.
+
+    A decomposition would be another pair of factors for the same delta, and rounding those again would change it.
+    """
+    module, scaling = item.module, item.module.scaling or 0.0
+    before = [_with_zeros(one, item.rank) for one in before]
+    after = [_stored(item.name, one, dtype) for one in before]
+    bias = None
+    if "up_bias" in module.tensors:
+        wide = module.tensors["up_bias"].spec.dtype.name == "F64"
+        bias = _rounded(f"{item.name}: its bias", module.array("up_bias", wide).reshape(-1), dtype)
+    made = lora_module(module, after, prefix=item.name, bias=bias)
+    made = replace(made, alpha=scaling * item.rank, scaling=scaling)
+    return Made(made, abs(scaling) * _distance(before, after))
+
+
+def _with_zeros(factors: LowRank, rank: int) -> LowRank:
+    missing = rank - factors.up.shape[1]
+    return LowRank(np.pad(factors.up, ((0, 0), (0, missing))), np.pad(factors.down, ((0, missing), (0, 0))))
+
+
+def _nearest(item: Item, truths: Sequence[LowRank], cores: Sequence[Core], dtype: Dtype) -> Made:
+    """The nearest delta of the rank, its scaling in the factors."""
+    factors = [_stored(item.name, one.truncate(item.rank), dtype) for one in cores]
     bias = bias_delta(item.module)
     if bias is not None:
         bias = _rounded(f"{item.name}: its bias", bias, dtype)
-    return lora_module(item.module, factors, prefix=item.name, bias=bias)
+    made = lora_module(item.module, factors, prefix=item.name, bias=bias)
+    return Made(made, _distance(truths, factors) if dtype.nbytes(1) <= _HALF else None)
+
+
+def _distance(before: Sequence[LowRank], after: Sequence[LowRank]) -> float:
+    """‖before - after‖ over all matrices of a module."""
+    pairs = [(one, _widened(other)) for one, other in zip(before, after, strict=True)]
+    if all(np.array_equal(a.up, b.up) and np.array_equal(a.down, b.down) for a, b in pairs):
+        return 0.0  # also where a sum of many ranks, padded or not, would be rounded in two ways
+    return math.hypot(*(compare(one, other, overlap=False).distance for one, other in pairs))
+
+
+def _widened(factors: LowRank) -> LowRank:
+    """Factors of 16 bits as float32, which holds them all: numpy has no arithmetic of its own for BF16."""
+    kind = np.float64 if factors.up.dtype == np.float64 else np.float32
+    return LowRank(factors.up.astype(kind), factors.down.astype(kind))
 
 
 def _stored(name: str, factors: LowRank, dtype: Dtype) -> LowRank:
