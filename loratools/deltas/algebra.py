@@ -239,8 +239,7 @@ def core(delta: LowRank) -> Core:
 
 def singular_values(delta: LowRank) -> Array:
     """The values of :func:`core` alone, for less: falling, float64, as many as the rank or the smaller side."""
-    delta = factored(delta)
-    values = np.linalg.svd(_reduced(delta).matrix, compute_uv=False)
+    values = np.linalg.svd(_reduced(delta).matrix, compute_uv=False) * abs(delta.scaling)
     size = min(delta.up.shape[1], *delta.shape)
     return np.pad(values, (0, max(0, size - values.size)))
 

@@ -102,7 +102,7 @@ def _parts(name: str, module: Module | None) -> _Parts:
         module = replace(module, kind="lora", tensors=tensors, options=options)
     bias = bias_delta(module)
     found = () if bias is None else (_finite(name, bias, module.tensors["up_bias"]),)
-    return _Parts(matrices(module, name), found)
+    return _Parts(matrices(module, name, fold=False), found)
 
 
 def _likeness(name: str, one: _Parts, other: _Parts) -> Likeness:
@@ -130,6 +130,10 @@ def _cancels(delta: LowRank | None, norm: float) -> bool:
     import numpy as np
 
     if delta is None or not norm:
+        return False
+    flat = (values.reshape(-1) for values in (delta.up, delta.down))
+    at_most = math.prod(float(np.dot(one, one)) for one in flat) ** 0.5  # the terms' sizes, by Cauchy and Schwarz
+    if norm > _CANCELLED * abs(delta.scaling) * at_most:
         return False
     lengths = [
         np.linalg.norm(values.astype(np.float64), axis=axis)

@@ -128,7 +128,7 @@ def _spectrum(item: _Item) -> dict[str, Any]:
     from loratools.deltas.measures import effective_rank, frobenius_norm, spectral_norm, stable_rank
     from loratools.matrices import matrices
 
-    each = [singular_values(one) for one in matrices(item.module, item.name)]
+    each = [singular_values(one) for one in matrices(item.module, item.name, fold=False)]
     values = each[0] if len(each) == 1 else np.sort(np.concatenate(each))[::-1]
     return {
         "norm": frobenius_norm(values),
