@@ -373,8 +373,10 @@ def _regions(output: Output) -> Iterator[tuple[int, int, int, tuple[Contribution
 
 def _accumulator(spec: TensorSpec, base: TensorRef | None, contributions: tuple[Contribution, ...]) -> Dtype:
     """See :attr:`WeightStep.accumulator`; float64 for a base in it too, which must not be rounded twice."""
-    modules = (term.module for c in contributions for term in c.terms)
-    wide = any(module.kind == "lora" and "embedding" in module.options for module in modules)
+    terms = [term for c in contributions for term in c.terms]
+    wide = any(term.module.kind == "lora" and "embedding" in term.module.options for term in terms)
+    if spec.dtype.name == "F16":  # which shows more of float32's rounding than bfloat16 does, and is rarer
+        wide = wide or any("experts" in term.module.options for term in terms)
     wide = wide or (base is not None and base.spec.dtype.name == "F64")
     return dtype("F64") if wide else accumulator(spec.dtype)
 

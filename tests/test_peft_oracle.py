@@ -459,7 +459,9 @@ def test_experts_merge_as_peft_merges(
     source = save_state(before, tmp_path / "base.safetensors")
     actual = merged_by_us(source, adapter, tmp_path / "out.safetensors")
     # In 16 bits PEFT rounds the experts' delta to the base's type before it adds it.
-    assert_same_tensors(actual, the_truth(adapter, dtype, model=mixture), before, slack=WIDE)
+    assert_same_tensors(
+        actual, the_truth(adapter, dtype, model=mixture), before, slack=1 if base == "f16" else WIDE
+    )
     if base == "f32":
         assert_same_tensors(actual, merged_by_peft(mixture(dtype), adapter), before)
 
