@@ -82,10 +82,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--peers", action="store_true", help="time PEFT and dense SVDs too: a few minutes")
     parser.add_argument(
-        "--peers", action="store_true", help="time PEFT, LyCORIS and dense SVDs too: 10 minutes"
+        "--mergekit",
+        type=Path,
+        help="mergekit-extract-lora, from an environment of its own that has LyCORIS too",
     )
-    parser.add_argument("--mergekit", type=Path, help="mergekit-extract-lora, from an environment of its own")
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model, one round: does the benchmark itself work?"
     )
@@ -152,9 +154,9 @@ def measure(
         )
     print(f"\nextraction, error over the exact SVD's (layer 0): {excess(base, tuned, out, low)}\n")
     if peers:
-        time_peers(shape, base, tuned, wide, four, rank)
+        time_peers(shape, base, wide, four, rank)
     if mergekit is not None:
-        time_mergekit(mergekit, data, shape, low)
+        time_extractors(mergekit, data, shape, low)
 
 
 def adapter(data: Path, shape: Shape, rank: int, seed: int) -> Path:
@@ -215,8 +217,8 @@ def read(path: Path, name: str) -> np.ndarray:
     return raw.astype(np.float32).reshape(entry["shape"])
 
 
-def time_peers(shape: Shape, base: Path, tuned: Path, wide: Path, four: list[Path], rank: str) -> None:
-    """Dense SVDs, PEFT and LyCORIS on one layer, multiplied."""
+def time_peers(shape: Shape, base: Path, wide: Path, four: list[Path], rank: str) -> None:
+    """Dense SVDs and PEFT on one layer, multiplied."""
     print("| peer | seconds on one layer | whole model, x |")
     print("|---|---|---|")
     seconds, _ = timed([sys.executable, "-c", DENSE, str(wide)])
@@ -224,9 +226,6 @@ def time_peers(shape: Shape, base: Path, tuned: Path, wide: Path, four: list[Pat
     for how in ("cat", "svd", "ties_svd"):
         spent = inside([sys.executable, "-c", PEFT, how, rank, str(base), *map(str, four)])
         print(f"| PEFT add_weighted_adapter {how} | {spent:.1f} | {spent * shape.layers:.0f} |", flush=True)
-    shards = [str(folder / "model-00001-of-00005.safetensors") for folder in (base, tuned)]
-    spent = inside([sys.executable, "-c", LYCORIS, *shards, str(2 * int(rank))])
-    print(f"| LyCORIS extract_linear | {spent:.1f} | {spent * shape.layers:.0f} |", flush=True)
 
 
 def inside(command: list[str]) -> float:
@@ -235,8 +234,8 @@ def inside(command: list[str]) -> float:
     return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
 
 
-def time_mergekit(executable: Path, data: Path, shape: Shape, rank: int) -> None:
-    """mergekit on one layer and on two: the difference is a layer."""
+def time_extractors(executable: Path, data: Path, shape: Shape, rank: int) -> None:
+    """mergekit on one layer and on two, whose difference is a layer; and LyCORIS, from the same environment."""
     spent = []
     for layers in (1, 2):
         part = replace(shape, layers=layers, shards=1)
@@ -249,6 +248,9 @@ def time_mergekit(executable: Path, data: Path, shape: Shape, rank: int) -> None
         spent.append(timed([str(executable), *options, *exclude])[0])
     layer = spent[1] - spent[0]
     print(f"| mergekit-extract-lora | {layer:.1f} | {spent[0] + layer * (shape.layers - 1):.0f} |")
+    files = [str(data / f"{name}-1" / "model-00001-of-00001.safetensors") for name in ("base", "tuned")]
+    seconds = inside([str(executable.parent / "python"), "-c", LYCORIS, *files, str(rank)])
+    print(f"| LyCORIS extract_linear | {seconds:.1f} | {seconds * shape.layers:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
