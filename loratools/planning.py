@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter import flat_shape
 from loratools.dtypes import accumulator, compatible, dtype
 from loratools.errors import OverBudget, Unsupported
-from loratools.targets import group_by_index
+from loratools.targets import group_by_index, is_attention
 from loratools.tensors.header import layout
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ def _accumulator(spec: TensorSpec, base: TensorRef | None, contributions: tuple[
     terms = [term for c in contributions for term in c.terms]
     wide = any(term.module.kind == "lora" and "embedding" in term.module.options for term in terms)
     if spec.dtype.name == "F16":  # which shows more of float32's rounding than bfloat16 does, and is rarer
-        wide = wide or any("experts" in term.module.options for term in terms)
+        wide = wide or any("experts" in term.module.options or is_attention(term) for term in terms)
     wide = wide or (base is not None and base.spec.dtype.name == "F64")
     return dtype("F64") if wide else accumulator(spec.dtype)
 

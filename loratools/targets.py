@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loratools.deltas.base import Span
     from loratools.tensors.base import TensorRef
 
-__all__ = ["Binding", "Target", "Term", "group_by_index"]
+__all__ = ["Binding", "Target", "Term", "group_by_index", "is_attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,11 @@ class Binding:
     ignored: Mapping[str, str] = field(default_factory=dict)
     keeps_tie: bool = False
     renamed: str = ""
+
+
+def is_attention(term: Term) -> bool:
+    """Whether it is a part of torch's MultiheadAttention, which PEFT wraps as a whole."""
+    return term.target.weight.endswith(".in_proj_weight") or term.name.endswith(".base_layer.out_proj")
 
 
 def group_by_index(terms: Iterable[Term]) -> dict[int | None, list[Term]]:

@@ -132,7 +132,9 @@ def _cancels(delta: LowRank | None, norm: float) -> bool:
     if delta is None or not norm:
         return False
     flat = (values.reshape(-1) for values in (delta.up, delta.down))
-    at_most = math.prod(float(np.dot(one, one)) for one in flat) ** 0.5  # the terms' sizes, by Cauchy and Schwarz
+    at_most = (
+        math.prod(float(np.dot(one, one)) for one in flat) ** 0.5
+    )  # the terms' sizes, by Cauchy and Schwarz
     if norm > _CANCELLED * abs(delta.scaling) * at_most:
         return False
     lengths = [
