@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratools.errors import ShapeMismatch, Unsupported
+from loratools.errors import Mismatch, ShapeMismatch, Unsupported
 
 if TYPE_CHECKING:
     import os
@@ -171,6 +171,20 @@ class Adapter:
         from loratools.verbs.saving import save
 
         return save(self, path, format=format, dtype=dtype, force=force, sync=sync)
+
+
+def require_own_rank(adapter: str, name: str, module: Module) -> None:
+    """Refuse a module whose configuration was written for other weights: the scaling it gives would be a guess.
+
+    Raises:
+        Mismatch: its rank in the file is not that of the configuration.
+    """
+    if "config_rank" in module.options:
+        wanted = module.options["config_rank"]
+        raise Mismatch(
+            f"{adapter}: {name} has rank {module.rank} in the file and {wanted} in the configuration",
+            hint="is this the configuration the weights were saved with?",
+        )
 
 
 def _low_rank(module: Module, double: bool) -> LowRank:

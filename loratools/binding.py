@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
-from loratools.adapter import SAVED_EMBEDDING, flat_shape, require_shape
+from loratools.adapter import SAVED_EMBEDDING, flat_shape, require_own_rank, require_shape
 from loratools.errors import Mismatch, ShapeMismatch, UnmatchedModules
 from loratools.experts import ExpertPlaces
 from loratools.spelling import EXPERT, Spelling, bare, choose_spelling
@@ -116,12 +116,7 @@ class _Binder:
         self.ignored: dict[str, str] = {}
 
     def module(self, name: str, module: Module) -> None:
-        if "config_rank" in module.options:
-            wanted = module.options["config_rank"]
-            raise Mismatch(
-                f"{self.adapter.name}: {name} has rank {module.rank} in the file and {wanted} in the configuration",
-                hint="is this the configuration the weights were saved with?",
-            )
+        require_own_rank(self.adapter.name, name, module)
         path = self.spelling(bare(name))
         targets = list(self._targets(name, path, module)) if self.base.holds(path) else []
         if not targets:

@@ -7,15 +7,15 @@ the conversion into it does; blocks stay within the processor's cache.
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loratools.arrays import has_double
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
+from loratools.deltas.streams import buffer
 from loratools.dtypes import accumulator, largest, narrow, numpy_dtype, widen
 from loratools.errors import NonFinite, ShapeMismatch
 
@@ -31,23 +31,6 @@ __all__ = ["Block", "Survival", "blocks", "round_block", "stripe"]
 
 STRIPE_BYTES = 1 << 20  # written at once
 SAMPLE_ROWS = 16  # of each matrix, on which the survival of the change is measured
-
-
-class _Workspace(threading.local):
-    """Named buffers of one thread, grown on demand."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, Any], Array] = {}
-
-    def array(self, name: str, shape: tuple[int, int], kind: Any) -> Array:
-        count = shape[0] * shape[1]
-        buffer = self.buffers.get((name, kind))
-        if buffer is None or buffer.size < count:
-            buffer = self.buffers[name, kind] = np.empty(count, kind)
-        return buffer[:count].reshape(shape)
-
-
-_workspace = _Workspace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +111,7 @@ def blocks(step: WeightStep, *, keep_before: str = "none") -> Iterator[Block]:
     sampled = step.start if keep_before == "first" and step.sampled else -1
     for start in range(step.start, step.stop, step.block_rows):
         shape = (min(step.block_rows, step.stop - start), columns)
-        values = _workspace.array("values", shape, kind)
+        values = buffer("values", shape, kind)
         _read_base(step, start, values)
         keep = len(values) if keep_before == "all" else SAMPLE_ROWS if start == sampled else 0
         before = values[:keep].copy() if keep else None
@@ -255,7 +238,7 @@ def _add(placed: _Placed, weight: float, values: Array, start: int) -> None:
     if first == last:
         return
     shape = (last - first, placed.update.shape[1])
-    block = _as_delta(placed.update).rows(first, last, _workspace.array("delta", shape, values.dtype))
+    block = _as_delta(placed.update).rows(first, last, buffer("delta", shape, values.dtype))
     if weight != 1.0:
         block = block * values.dtype.type(weight)
     if shape == values.shape:
@@ -285,7 +268,7 @@ def round_block(step: WeightStep, block: Block, out: Array | None = None) -> Arr
         NonFinite: a finite value of the base became infinite or not a number.
     """
     count = step.spec.dtype.nbytes(block.values.size)
-    raw = _workspace.array("raw", (1, count), np.uint8).reshape(-1) if out is None else out
+    raw = buffer("raw", (1, count), np.uint8).reshape(-1) if out is None else out
     narrow(block.values, step.spec.dtype, raw)
     flat = block.values.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -298,7 +281,7 @@ def round_block(step: WeightStep, block: Block, out: Array | None = None) -> Arr
 def stripe(step: WeightStep) -> Array:
     """The thread's buffer for rounded values waiting to be written: at least one block's bytes, uint8."""
     block = step.spec.dtype.nbytes(min(step.block_rows, step.stop - step.start) * step.columns)
-    return _workspace.array("stripe", (1, max(block, STRIPE_BYTES // block * block)), np.uint8).reshape(-1)
+    return buffer("stripe", (1, max(block, STRIPE_BYTES // block * block)), np.uint8).reshape(-1)
 
 
 def _find_non_finite(step: WeightStep, block: Block, raw: Array) -> None:

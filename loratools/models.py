@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.errors import AmbiguousFormat, CorruptFile, NotFound, UnknownFormat, Unsupported
+from loratools.refs import local_path
 from loratools.tensors.files import read_whole
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint, read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
     from loratools.tensors.base import TensorSource, TensorSpec
 
@@ -170,13 +171,18 @@ def open_base(base: str | os.PathLike[str] | Mapping[str, Any]) -> BaseModel:
     """Open a folder, a single safetensors file, or a state dict of numpy arrays or torch tensors.
 
     Raises:
+        Unsupported: neither a path nor a state dict, or a path to what is not here.
         NotFound: no such path.
         UnknownFormat: no safetensors weights there.
         AmbiguousFormat: several weight files and no index.
         CorruptFile: a header, an index or ``config.json`` breaks the rules.
     """
     if isinstance(base, (str, os.PathLike)):
-        return open_weights(Path(base))
+        return open_weights(local_path(base))
+    if not isinstance(base, Mapping):
+        raise Unsupported(
+            f"the base is a {type(base).__name__}, not a path or a state dict", hint="pass model.state_dict()"
+        )
     source = MemorySource(base)
     return BaseModel(None, "memory", source, {"": tuple(source.specs)})
 

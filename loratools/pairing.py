@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from loratools.adapter import flat_shape
+from loratools.adapter import flat_shape, require_own_rank
 from loratools.binding import bind
 from loratools.errors import Mismatch, ShapeMismatch
 from loratools.naming import FUSED_EXPERTS
@@ -92,7 +92,8 @@ def pair(adapters: Sequence[Adapter], base: BaseModel | None = None) -> Pairing:
     if base is not None:
         return _by_place(adapters, base)
     for adapter in adapters:
-        _require_ranks(adapter)
+        for name, module in adapter.modules.items():
+            require_own_rank(adapter.name, name, module)
     named = [_module_names(adapter) for adapter in adapters]
     modules = _align([a.name for a in adapters], named)
     extras = _align([a.name for a in adapters], [_extra_names(adapter) for adapter in adapters])
@@ -124,21 +125,6 @@ def strip(name: str) -> str:
     while found := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(found)
     return name
-
-
-def _require_ranks(adapter: Adapter) -> None:
-    """Refuse an adapter whose configuration was written for other weights, as :func:`~loratools.binding.bind` does.
-
-    Raises:
-        Mismatch: names the module.
-    """
-    for name, module in adapter.modules.items():
-        if "config_rank" in module.options:
-            wanted = module.options["config_rank"]
-            raise Mismatch(
-                f"{adapter.name}: {name} has rank {module.rank} in the file and {wanted} in the configuration",
-                hint="is this the configuration the weights were saved with?",
-            )
 
 
 def _module_names(adapter: Adapter) -> dict[str, tuple[str, Module]]:

@@ -536,3 +536,15 @@ def test_only_who_asks_for_processes_loads_them(tmp_path, base, adapter, program
 def test_no_worker_at_all_is_refused(name, jobs):
     with pytest.raises(Unsupported, match="one worker at least"):
         make_executor(name, jobs)
+
+
+def test_the_peak_of_reduce_and_combine_counts_the_workers(tmp_path):
+    path = write_small_adapter(tmp_path / "lora")
+    for report in (
+        reduce(path, rank=2, executor="processes", jobs=2),
+        combine([path, path], executor="processes", jobs=2),
+    ):
+        own = process_peak()
+        if own is None:
+            pytest.skip("this system does not say what a process has held")
+        assert report.peak_memory > own + 20_000_000  # an interpreter with numpy, at least one

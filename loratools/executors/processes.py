@@ -225,7 +225,7 @@ def _portable(error: BaseException) -> BaseException:
         error.add_note("In a worker process:\n" + "".join(traceback.format_exception(error)).rstrip())
     try:
         again = pickle.loads(pickle.dumps(error))  # noqa: S301 - made here
-    except Exception:
+    except Exception:  # pickling calls code of the error's own, which may raise anything
         again = None
     if type(again) is type(error) and str(again) == str(error):
         return error

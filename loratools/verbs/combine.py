@@ -16,6 +16,7 @@ from loratools.arrays import check_double
 from loratools.errors import OverBudget
 from loratools.executors.base import make_executor
 from loratools.matrices import module_cost
+from loratools.models import open_base
 from loratools.pairing import pair, require_same_shapes
 from loratools.planning import RUNTIME_BYTES
 from loratools.provenance import record
@@ -28,22 +29,22 @@ from loratools.verbs.combine_planning import (
     list_inputs,
     list_items,
     open_adapters,
-    open_model,
     raised_warnings,
     require_apart,
     require_deltas,
     require_rank,
-    settle_weights,
 )
 from loratools.verbs.combine_report import CombineReport
 from loratools.verbs.combine_shapes import shape_module, stored_rank, unread_extras
 from loratools.verbs.combine_work import combine_one
 from loratools.verbs.saving import describe_save, float_dtype, identify_adapter, save, widest
+from loratools.verbs.weighting import settle_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from loratools.adapter import Adapter
+    from loratools.executors.base import Executor
     from loratools.methods.base import Method
     from loratools.pairing import Pairing
     from loratools.verbs.combine_extras import ExtrasRule
@@ -151,7 +152,7 @@ def plan_combine(
     output = None if out is None else Path(out)
     if output is not None:
         require_place(output, list_inputs(opened, base), force=force)
-    model = None if base is None else open_model(base)
+    model = None if base is None else open_base(base)
     pairing = pair(opened, model)
     require_deltas(opened, pairing)
     require_same_shapes(pairing)
@@ -290,7 +291,7 @@ def run_combine(
             inputs=list_inputs(planned.adapters, planned.base),
         )  # fmt: skip
         written = saved.bytes
-    return _report(planned, results, adapter, modules, written, started)
+    return _report(planned, results, adapter, modules, written, started, workers)
 
 
 def _assemble(
@@ -309,6 +310,7 @@ def _report(
     modules: tuple[CombinedModule, ...],
     written: int,
     started: float,
+    workers: Executor,
 ) -> CombineReport:
     errors = math.sqrt(sum(result.error**2 for result in results))
     norms = math.sqrt(sum((result.norm or 0.0) ** 2 for result in results))
@@ -331,7 +333,7 @@ def _report(
         extras=planned.extras,
         bytes=written,
         seconds=time.perf_counter() - started,
-        peak_memory=peak_memory(),
+        peak_memory=peak_memory(workers),
         warnings=warnings,
         adapter=adapter,
     )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Adapter, flat_shape
 from loratools.errors import Mismatch, Unsupported
 from loratools.formats.opening import open_adapter
 from loratools.matrices import require_delta
-from loratools.models import open_base
 from loratools.pairing import strip
 from loratools.refs import local_path
 from loratools.verbs.combine_shapes import hides_kernel, stored_rank
@@ -34,12 +31,10 @@ __all__ = [
     "list_inputs",
     "list_items",
     "open_adapters",
-    "open_model",
     "raised_warnings",
     "require_apart",
     "require_deltas",
     "require_rank",
-    "settle_weights",
 ]
 
 Ref = str | os.PathLike[str]
@@ -67,40 +62,6 @@ def open_adapters(
     return opened
 
 
-def settle_weights(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """One finite number for each adapter.
-
-    Raises:
-        Unsupported: another count of them, or one that is no finite number.
-    """
-    if weights is None:
-        return (1.0,) * count
-    given = _numbers(weights)
-    if given and len(given) != count:
-        raise Unsupported(
-            f"{len(given)} weight{'s' * (len(given) != 1)} for {count} adapter{'s' * (count != 1)}",
-            hint="give one for each, in their order",
-        )
-    for number, weight in enumerate(given, 1):
-        if not math.isfinite(weight):
-            raise Unsupported(f"weight {number} is {weight}, not a finite number")
-    return tuple(given) or (1.0,) * count
-
-
-def _numbers(weights: object) -> list[float]:
-    several = [weights] if isinstance(weights, (str, Real)) else weights
-    try:
-        found = list(several)  # type: ignore[call-overload]
-    except TypeError:
-        found = [weights]
-    for one in found:
-        if not isinstance(one, Real):
-            raise Unsupported(
-                f"weights: {one!r} is no number", hint="give one for each adapter, such as weights=[0.7, 0.3]"
-            )
-    return [float(one) for one in found]
-
-
 def require_rank(rank: int | None) -> None:
     """Refuse a rank that leaves nothing."""
     if rank is not None and rank < 1:
@@ -111,11 +72,6 @@ def list_inputs(adapters: Sequence[Adapter], base: Ref | Mapping[str, Any] | Non
     """What an output must not touch."""
     found = [path for adapter in adapters for path in input_paths(adapter)]
     return found if base is None or isinstance(base, Mapping) else [*found, local_path(base)]
-
-
-def open_model(base: Ref | Mapping[str, Any]) -> BaseModel:
-    """The model whose names match the adapters, from its headers."""
-    return open_base(base if isinstance(base, Mapping) else local_path(base))
 
 
 def require_deltas(adapters: tuple[Adapter, ...], pairing: Pairing) -> None:

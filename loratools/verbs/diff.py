@@ -17,14 +17,12 @@ from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
 from loratools.models import BaseModel, open_base
 from loratools.pairing import pair, require_same_shapes
-from loratools.refs import local_path
 from loratools.running import default_jobs, gather
 from loratools.verbs.diff_report import ConfigDifference, DiffReport, ModuleDifference, TensorDifference
 from loratools.verbs.diff_work import Compared, Pair, compare_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from loratools.adapter import Extra, Module
     from loratools.executors.base import Executor
@@ -135,7 +133,7 @@ def plan_diff(a: Adapter, b: Adapter, *, base: Ref | Mapping[str, Any] | BaseMod
     """
     for adapter in (a, b):
         adapter.require_computable()
-    model = base if isinstance(base, BaseModel) or base is None else open_base(_located(base))
+    model = base if isinstance(base, BaseModel) or base is None else open_base(base)
     pairing = pair([a, b], model)
     for name, (one, other) in pairing.modules.items():
         if one is not None and other is not None:
@@ -213,10 +211,6 @@ def require_processor(device: str) -> None:
 
 def _opened(ref: Ref | Mapping[str, Any] | Adapter, allow_pickle: bool) -> Adapter:
     return ref if isinstance(ref, Adapter) else open_adapter(ref, allow_pickle=allow_pickle)
-
-
-def _located(base: Ref | Mapping[str, Any]) -> Path | Mapping[str, Any]:
-    return local_path(base) if isinstance(base, (str, os.PathLike)) else base
 
 
 def _untold(extra: Extra) -> bool:

@@ -73,9 +73,9 @@ def report(adapter: Adapter) -> InspectReport:
         evidence=adapter.evidence,
         kinds=adapter.kinds,
         base_model=adapter.config.base_model,
-        rank=_range(module.rank for module in modules),
-        alpha=_range(module.alpha for module in modules),
-        scaling=_range(module.scaling for module in modules),
+        rank=Range.of(module.rank for module in modules),
+        alpha=Range.of(module.alpha for module in modules),
+        scaling=Range.of(module.scaling for module in modules),
         parameters=sum(spec.count for spec in specs),
         bytes=sum(spec.nbytes for spec in specs),
         dtypes=dict(Counter(spec.dtype.name for spec in specs)),
@@ -137,11 +137,6 @@ def _spectrum(item: _Item) -> dict[str, Any]:
         "effective_rank": effective_rank(values),
         "singular_values": tuple(values.tolist()),
     }
-
-
-def _range(values: Iterable[float | None]) -> Range:
-    known = [value for value in values if value is not None]
-    return Range(min(known), max(known)) if known else Range(None, None)
 
 
 def _module(name: str, module: Module) -> ModuleInfo:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +22,14 @@ from loratools.models import open_base, require_unquantised
 from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
 from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, record
 from loratools.publishing import require_place
-from loratools.refs import local_path
 from loratools.running import default_jobs, peak_memory, require_files, run
 from loratools.sinks import FileSink, MemorySink
 from loratools.tensors.memory import is_torch
 from loratools.verbs.reports import MergeReport, SurvivalSummary
+from loratools.verbs.weighting import settle_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from loratools.models import BaseModel
     from loratools.planning import Step
@@ -112,9 +110,9 @@ def plan_merge(
     """
     device = check_device(device)
     opened = _open_adapters(adapters, allow_pickle=allow_pickle, blockwise=blockwise_experts)
-    factors = _weights(weights, len(opened))
+    factors = settle_weights(weights, len(opened))
     dtype = _dtype_name(dtype)
-    model = _open_base(base)
+    model = open_base(base)
     _require_base(model)
     output = None if out is None else Path(out)
     if output is not None:
@@ -262,16 +260,6 @@ def _open_adapters(
     )
 
 
-def _open_base(base: Ref | Mapping[str, Any]) -> BaseModel:
-    if isinstance(base, (str, os.PathLike)):
-        return open_base(local_path(base))
-    if not isinstance(base, Mapping):
-        raise Unsupported(
-            f"the base is a {type(base).__name__}, not a path or a state dict", hint="pass model.state_dict()"
-        )
-    return open_base(base)
-
-
 def _dtype_name(given: object) -> str | None:
     """A type as loratools names it: of ``torch.bfloat16`` too, or whatever else prints its name last.
 
@@ -285,27 +273,6 @@ def _dtype_name(given: object) -> str | None:
     if not compatible(found):
         raise Unsupported(f"a merge cannot write {found}", hint="it writes bf16, f16, f32 and f64")
     return name.rpartition(".")[2] if isinstance(given, str) else found.name
-
-
-def _weights(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """One finite number for each adapter.
-
-    Raises:
-        Unsupported: another count of them, or one that is not finite.
-    """
-    if isinstance(weights, (int, float)):
-        weights = [weights]
-    if weights is None or not weights:
-        return (1.0,) * count
-    if len(weights) != count:
-        raise Unsupported(
-            f"{len(weights)} weight{'s' * (len(weights) != 1)} for {count} adapter{'s' * (count != 1)}",
-            hint="give one for each, in their order",
-        )
-    for number, weight in enumerate(weights, 1):
-        if not math.isfinite(weight):
-            raise Unsupported(f"weight {number} is {float(weight)}, not a finite number")
-    return tuple(float(weight) for weight in weights)
 
 
 def _require_base(model: BaseModel) -> None:

@@ -15,7 +15,6 @@ from loratools.formats.opening import open_adapter
 from loratools.models import open_base, require_unquantised
 from loratools.provenance import identify, record
 from loratools.publishing import require_place
-from loratools.refs import local_path
 from loratools.running import default_jobs, gather
 from loratools.verbs.normalize_assembly import assemble, make_report, require_close
 from loratools.verbs.normalize_planning import (
@@ -160,7 +159,7 @@ def _weights_bytes(saved: Path) -> int:
 def _open_base(base: Ref | Mapping[str, Any] | None) -> BaseModel | None:
     if base is None:
         return None
-    model = open_base(local_path(base) if isinstance(base, (str, os.PathLike)) else base)
+    model = open_base(base)
     require_unquantised(model)
     return model
 

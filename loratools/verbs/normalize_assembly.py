@@ -136,8 +136,8 @@ def make_report(
         output=output,
         relative=distance / norm if norm else 0.0,
         exact=distance == 0.0,
-        rank=_range([m.rank for m in modules]),
-        rank_before=_range([m.rank for m in before.modules.values()]),
+        rank=Range.of([m.rank for m in modules]),
+        rank_before=Range.of([m.rank for m in before.modules.values()]),
         dtype=dtype,
         modules=tuple(modules),
         dropped=dropped,
@@ -158,11 +158,6 @@ def _stored_bytes(adapter: Adapter) -> int:
         return sum(Path(path).stat().st_size for path in {e.path for e in extents if e is not None})
     refs = [ref for module in adapter.modules.values() for ref in module.tensors.values()]
     return sum(ref.spec.nbytes for ref in [*refs, *(extra.tensor for extra in adapter.extras.values())])
-
-
-def _range(values: Sequence[int | None]) -> Range:
-    known = [value for value in values if value is not None]
-    return Range(min(known, default=None), max(known, default=None))
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[ConfigChange, ...]:

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter import flat_shape
+from loratools.adapter import flat_shape, require_own_rank
 from loratools.binding import bind
 from loratools.errors import Mismatch, OverBudget, Unsupported
 from loratools.formats.peft import PREFIX
@@ -84,12 +84,7 @@ def _mend(name: str) -> str:
 def require_plain(adapter: Adapter, rank: int | None) -> list[str]:
     """Refuse what has no plain form; what keeps some of its own is a warning."""
     for name, module in adapter.modules.items():
-        if "config_rank" in module.options:
-            raise Mismatch(
-                f"{adapter.name}: {name} has rank {module.rank} in the file and {module.options['config_rank']} in "
-                "the configuration",
-                hint="is this the configuration the weights were saved with?",
-            )
+        require_own_rank(adapter.name, name, module)
         if module.kind == "ia3":
             raise Unsupported(
                 f"{adapter.name}: {name} is IA3, which multiplies its weight and is no sum",

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter import Adapter
+from loratools.adapter import Adapter, require_own_rank
 from loratools.arrays import check_double
 from loratools.deltas.ranks import tails
 from loratools.dtypes import dtype as named_dtype
-from loratools.errors import InputError, Mismatch, OverBudget
+from loratools.errors import InputError, OverBudget
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
 from loratools.matrices import module_cost, require_delta
@@ -134,10 +134,11 @@ def reduce(
         ref, out, rule, dtype, force=force, config=config, alpha=alpha, allow_pickle=allow_pickle,
         blockwise_experts=blockwise_experts,
     )  # fmt: skip
-    work = _carry_out(task, _workers(task, executor, jobs, max_memory), device, on_step)
+    workers = _workers(task, executor, jobs, max_memory)
+    work = _carry_out(task, workers, device, on_step)
     if task.out is not None:
         save(work.adapter, task.out, force=force, sync=sync, provenance=task.provenance, inputs=task.inputs)
-    return _report(task, work, started)
+    return _report(task, work, started, workers)
 
 
 def plan_reduce(
@@ -167,8 +168,9 @@ def plan_reduce(
     device = check_double(device)
     rule = chosen_rule(rank, energy, error, params, size, noise_floor, per_module)
     task = _prepare(ref, out, rule, dtype, force=force, **opening)
-    work = _carry_out(task, _workers(task, executor, jobs, max_memory), device, None)
-    told = _report(task, work, started).to_dict()
+    workers = _workers(task, executor, jobs, max_memory)
+    work = _carry_out(task, workers, device, None)
+    told = _report(task, work, started, workers).to_dict()
     named = ("rule", "value", "scope", "rank", "relative_error", "modules", "dropped", "warnings")
     planned = describe_save(
         work.adapter,
@@ -199,7 +201,8 @@ def _prepare(
     adapter.require_computable()
     if not adapter.modules:
         raise InputError(f"{adapter.name} has no modules to reduce")
-    _require_ranks(adapter)
+    for name, module in adapter.modules.items():
+        require_own_rank(adapter.name, name, module)
     for name, module in adapter.modules.items():
         require_delta(name, module)
     inputs = tuple(Path(one) for one in [ref] if isinstance(one, (str, os.PathLike)))
@@ -208,17 +211,6 @@ def _prepare(
     if task.out is not None:
         require_place(task.out, [*input_paths(adapter), *inputs], force=force)
     return task
-
-
-def _require_ranks(adapter: Adapter) -> None:
-    """Refuse a configuration that was written for other weights: the scaling it gives would be a guess."""
-    for name, module in adapter.modules.items():
-        if "config_rank" in module.options:
-            wanted = module.options["config_rank"]
-            raise Mismatch(
-                f"{adapter.name}: {name} has rank {module.rank} in the file and {wanted} in the configuration",
-                hint="is this the configuration the weights were saved with?",
-            )
 
 
 def _workers(task: Task, executor: str, jobs: int | None, max_memory: int | None) -> Executor:
@@ -296,7 +288,7 @@ def _bytes_before(task: Task) -> int:
     return sum(ref.spec.nbytes for ref in task.adapter.tensors)
 
 
-def _report(task: Task, work: _Work, started: float) -> ReduceReport:
+def _report(task: Task, work: _Work, started: float, workers: Executor) -> ReduceReport:
     modules = _modules(task, work)
     error = _over_all(modules)
     kept = [one.rank for one in modules if one.rank]
@@ -315,7 +307,7 @@ def _report(task: Task, work: _Work, started: float) -> ReduceReport:
         bytes_before=_bytes_before(task),
         bytes_after=written_bytes(task, work.adapter),
         seconds=time.perf_counter() - started,
-        peak_memory=peak_memory(),
+        peak_memory=peak_memory(workers),
         warnings=tuple(_warnings(task, modules, error)),
         adapter=work.adapter,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "SPECTRAL", "ExtraInfo", "Finding", "InspectReport", "MergeReport", "ModuleInfo", "Range", "Report",
@@ -133,6 +136,12 @@ class Range:
 
     min: float | None
     max: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Range:
+        """Of the values that are known."""
+        known = [value for value in values if value is not None]
+        return cls(min(known, default=None), max(known, default=None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.formats.opening import evidence, explain, open_parts
 from loratools.formats.peft import read_peft
 from loratools.formats.recognise import recognise
+from loratools.models import open_base
 from loratools.verbs.checking.base import check_base
 from loratools.verbs.checking.configuration import check_configuration
 from loratools.verbs.checking.structure import check_format, check_siblings, check_structure
@@ -17,6 +17,7 @@ from loratools.verbs.checking.values import check_values
 from loratools.verbs.reports import ValidationReport
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping
 
     from loratools.errors import BadConfig
@@ -59,7 +60,7 @@ def validate(
         Unsupported: a pickle, without leave to read it.
     """
     opened = open_parts(ref, config=config, allow_pickle=allow_pickle, tolerant=True)
-    model = None if base is None else _open_base(base)
+    model = None if base is None else open_base(base)
     subject = _subject(opened)
     findings = [*_findings(subject, model)]
     counted = {"error", "warning"} if strict else {"error"}
@@ -69,13 +70,6 @@ def validate(
         findings=tuple(findings),
         modules=tuple(subject.adapter.modules),
     )
-
-
-def _open_base(base: str | os.PathLike[str] | Mapping[str, Any]) -> BaseModel:
-    from loratools.models import open_base
-    from loratools.refs import local_path
-
-    return open_base(local_path(base) if isinstance(base, (str, os.PathLike)) else base)
 
 
 def _subject(opened: Opened) -> Subject:

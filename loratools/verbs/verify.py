@@ -15,7 +15,6 @@ from loratools.dtypes import compatible
 from loratools.executors.base import make_executor
 from loratools.models import open_base
 from loratools.planning import CopyStep, plan_steps
-from loratools.refs import local_path
 from loratools.running import default_jobs, gather, require_files
 from loratools.tensors.base import TensorSpec
 from loratools.verbs.merge import plan_merge
@@ -102,7 +101,7 @@ def verify_merge(
 ) -> VerificationReport:
     """:func:`verify`, for a merge that has been planned already."""
     started = time.perf_counter()
-    model = open_base(local_path(merged) if isinstance(merged, (str, os.PathLike)) else merged)
+    model = open_base(merged)
     found = model.source
     for one in (planned.base, model):
         require_files(executor, one)
