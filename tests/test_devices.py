@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import loratools as lt
 from loratools import arrays
 from loratools.deltas.base import Span
+from loratools.deltas.likeness import compare
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.spectra import sketch
 from loratools.deltas.streams import Mirrored, mirrored
@@ -299,6 +300,7 @@ def _truncations(tmp_path, device):
         "reduce --global": lt.reduce(paths[0], rank=2, per_module=False, device=device),
         "combine": lt.combine(paths, rank=2, device=device),
         "extract": lt.extract(base, tuned, rank=2, device=device),
+        "normalize": lt.normalize(paths[0], rank=2, device=device),
     }
     return {
         verb: {
@@ -311,7 +313,7 @@ def _truncations(tmp_path, device):
 
 
 def test_verbs_that_decompose_give_the_same_on_a_device(tmp_path, monkeypatch, stand_in):
-    for verb in ("reduce", "combine", "extract"):
+    for verb in ("reduce", "combine", "extract", "normalize"):
         monkeypatch.setattr(f"loratools.verbs.{verb}.check_double", lambda name: name)
     expected = _truncations(tmp_path, "cpu")
     shutil.rmtree(tmp_path / "base")
@@ -323,11 +325,54 @@ def test_verbs_that_decompose_give_the_same_on_a_device(tmp_path, monkeypatch, s
         "loratools.deltas.lowrank.to_device", lambda *given: moved.append(given[1]) or to_device(*given)
     )
     found = _truncations(tmp_path, stand_in)
-    assert moved.count(stand_in) >= 2 * 3 * 4  # both factors, four modules, three verbs at least
+    assert moved.count(stand_in) >= 2 * 4 * 4  # both factors, four modules, four verbs at least
     for verb, deltas in expected.items():
         assert found[verb].keys() == deltas.keys()
         for name, delta in deltas.items():
             assert np.linalg.norm(found[verb][name] - delta) <= 1e-6 * np.linalg.norm(delta), (verb, name)
+
+
+@pytest.mark.parametrize("case", ["other", "close", "turned", "padded", "wide", "equal"])
+def test_a_comparison_on_a_device_is_that_of_the_processor(monkeypatch, stand_in, case):
+    rng = np.random.default_rng(0)
+    up, down = rng.standard_normal((30, 4)), rng.standard_normal((4, 50))
+    turn = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    others = {
+        "other": (rng.standard_normal((30, 3)), rng.standard_normal((3, 50))),
+        "close": (up * (1 + 1e-9), down),
+        "turned": (up @ turn, turn.T @ down),
+        "padded": (np.pad(up, ((0, 0), (0, 2))), np.pad(down, ((0, 2), (0, 0)))),
+        "wide": (rng.standard_normal((30, 70)), rng.standard_normal((70, 50))),
+        "equal": (up, down),
+    }
+    a, b = LowRank(up, down, 0.5), LowRank(*others[case], 0.5)
+    sent = []
+    to_device = arrays.to_device
+    monkeypatch.setattr(
+        "loratools.deltas.likeness.to_device", lambda *given: sent.append(given[1]) or to_device(*given)
+    )
+    expected, found = compare(a, b), compare(a, b, device=stand_in)
+    assert set(sent) == (set() if case == "wide" else {stand_in})  # there the matrix is less than the Grams
+    size = np.linalg.norm(0.5 * up @ down)
+    truth = np.linalg.norm(0.5 * (up @ down - others[case][0] @ others[case][1]))
+    assert abs(found.distance - truth) <= 1e-14 * size + 1e-9 * truth
+    assert found.norm_a == pytest.approx(size, rel=1e-12)
+    assert found.inner == pytest.approx(expected.inner, rel=1e-12)
+    if case != "wide":
+        assert found.outputs.value == pytest.approx(expected.outputs.value, rel=1e-9)
+
+
+@pytest.mark.parametrize("executor", ["inline", "threads"])
+def test_a_diff_on_a_device_reports_what_the_processor_does(tmp_path, monkeypatch, stand_in, executor):
+    monkeypatch.setattr("loratools.verbs.diff.check_double", lambda name: name)
+    paths = [write_small_adapter(tmp_path / f"lora{seed}", seed=seed) for seed in (1, 2)]
+    expected, found = (lt.diff(*paths, device=name, executor=executor) for name in ("cpu", stand_in))
+    assert found.relative == pytest.approx(expected.relative, rel=1e-12)
+    assert found.relative > 0.1
+    for mine, theirs in zip(expected.modules, found.modules, strict=True):
+        assert theirs.name == mine.name
+        assert theirs.distance == pytest.approx(mine.distance, rel=1e-12)
+    assert lt.diff(paths[0], paths[0], device=stand_in, executor=executor).relative == 0
 
 
 def test_products_with_a_mirrored_matrix_are_formed_on_the_device(stand_in):
@@ -349,9 +394,10 @@ def test_what_is_computed_in_float64_is_refused_where_there_is_none(monkeypatch)
     assert arrays.check_double("cuda") == "cuda"
 
 
-@pytest.mark.parametrize("verb", ["reduce", "combine", "extract"])
+@pytest.mark.parametrize("verb", ["reduce", "combine", "extract", "diff", "normalize"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_opened(monkeypatch, tmp_path, verb):
     without(monkeypatch, "torch")
-    places = {"reduce": ["nowhere"], "combine": [["nowhere", "nothing"]], "extract": ["nowhere", "nothing"]}
+    two = ["nowhere", "nothing"]
+    places = {"reduce": ["nowhere"], "normalize": ["nowhere"], "combine": [two], "extract": two, "diff": two}
     with pytest.raises(Unsupported, match="needs torch"):
         getattr(lt, verb)(*places[verb], device="cuda")

@@ -645,10 +645,10 @@ def test_modules_outside_the_base_are_compared_by_name_and_said(tmp_path):
     assert sum("not in the base" in warning for warning in report.warnings) == 2
 
 
-def test_other_devices_are_refused(tmp_path, monkeypatch):
+def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     path = write_small_adapter(tmp_path / "a")
-    monkeypatch.setattr("loratools.verbs.diff.check_device", lambda device: device)  # as if there were one
-    with pytest.raises(Unsupported, match="not on cuda"):
+    monkeypatch.setattr("loratools.arrays._available", lambda device: False)
+    with pytest.raises(Unsupported, match="'cuda' is not there"):
         lt.diff(path, path, device="cuda")
     assert invoke(path, path, "--device", "cuda").exit_code == 3
 

@@ -400,8 +400,11 @@ def test_interrupted_then_resumed(tmp_path, base, adapter, expected, error):
 
 
 _SLOW = """
-import sys, time
+import signal, sys, time
 import loratools as lt
+
+# A shell starts what runs in its background with interrupts ignored, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def slow(step):
     print("step", flush=True)

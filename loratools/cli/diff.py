@@ -68,17 +68,18 @@ def command(
     """  # noqa: D301 - \b is click's
     if tolerance < 0:
         raise Misuse(f"--tolerance {tolerance:g} is below 0", hint="a relative distance is 0 or more")
+    from loratools.arrays import check_double
     from loratools.executors.base import make_executor
     from loratools.running import default_jobs
-    from loratools.verbs.diff import plan_diff, require_processor, run_diff
+    from loratools.verbs.diff import plan_diff, run_diff
 
-    require_processor(device)
+    device = check_double(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     first, second = load_adapters((a, b), None, None, allow_pickle=allow_pickle, blockwise_experts=False)
     planned = plan_diff(first, second, base=base)
     planned.require_memory(max_memory, workers.jobs)
     with progress("Comparing", sum(item.nbytes for item in planned.items), settings) as on_step:
-        report = run_diff(planned, workers, tolerance=tolerance, on_step=on_step)
+        report = run_diff(planned, workers, tolerance=tolerance, device=device, on_step=on_step)
     warn(report.warnings, settings)
     if settings.json:
         say_json(report.to_dict())

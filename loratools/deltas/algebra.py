@@ -136,7 +136,7 @@ def inner(a: LowRank, b: LowRank) -> float:
 def norm(delta: LowRank) -> float:
     """The Frobenius norm, from Gram matrices; of one whose terms cancel, from its singular values."""
     up, down = _double(delta.up), _double(delta.down)
-    ups, downs = up.T @ up, down @ down.T
+    ups, downs = from_device(up.T @ up), from_device(down @ down.T)
     square, apart = float(np.vdot(ups, downs)), float(np.dot(np.diagonal(ups), np.diagonal(downs)))
     if square > _CANCELLED * apart:
         return math.sqrt(square) * abs(delta.scaling)

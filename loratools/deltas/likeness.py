@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loratools.arrays import from_device, namespace, to_device
 from loratools.errors import ShapeMismatch
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.inf if part else 0.0
 
 
-def compare(a: LowRank, b: LowRank, *, overlap: bool = True) -> Likeness:
+def compare(a: LowRank, b: LowRank, *, overlap: bool = True, device: str = "cpu") -> Likeness:
     """Compare two deltas of the same weight.
 
     >>> import numpy as np
@@ -102,6 +103,8 @@ def compare(a: LowRank, b: LowRank, *, overlap: bool = True) -> Likeness:
         a: (out, rank) and (rank, in).
         b: of the same shape, of any rank.
         overlap: whether to compare the subspaces too.
+        device: where the Gram matrices of the factors are formed, as
+            :func:`~loratools.arrays.check_double` returns it; the factors themselves are numpy's.
 
     Raises:
         ShapeMismatch: they are not of the same shape.
@@ -110,7 +113,7 @@ def compare(a: LowRank, b: LowRank, *, overlap: bool = True) -> Likeness:
         raise ShapeMismatch("two deltas to compare", b.shape, a.shape)
     if _crowded(a, b):
         return _dense(a, b)
-    ups, downs = _gram(a.up, b.up), _gram(a.down.T, b.down.T)
+    ups, downs = _gram(a.up, b.up, device), _gram(a.down.T, b.down.T, device)
     rank = a.up.shape[1]
     mine, theirs = slice(rank), slice(rank, None)
 
@@ -123,7 +126,7 @@ def compare(a: LowRank, b: LowRank, *, overlap: bool = True) -> Likeness:
     inner, size = product(mine, theirs, a.scaling * b.scaling)
     squared = square_a + square_b - 2 * inner
     noise = _ROUNDING * (size_a + size_b + 2 * size)
-    distance = math.sqrt(squared) if squared * _ACCURATE > noise else _exact_distance(a, b)
+    distance = math.sqrt(squared) if squared * _ACCURATE > noise else _exact_distance(a, b, device)
     norm_a, norm_b = (
         math.sqrt(square) if square * _ACCURATE > _ROUNDING * terms else _exact_norm(delta)
         for square, terms, delta in ((square_a, size_a, a), (square_b, size_b, b))
@@ -186,10 +189,14 @@ def _dense(a: LowRank, b: LowRank) -> Likeness:
     return Likeness(math.sqrt(square_a), math.sqrt(square_b), inner, math.sqrt(squared))
 
 
-def _gram(one: Array, other: Array) -> Array:
-    """XᵀX of X = [one, other], (n, rank) each, in float64; converted a piece at a time."""
+def _gram(one: Array, other: Array, device: str) -> Array:
+    """XᵀX of X = [one, other], (n, rank) each, in float64; converted a piece at a time on the processor."""
     import numpy as np
 
+    if device != "cpu":
+        xp = namespace(device)
+        both = xp.concat([xp.astype(to_device(part, device), xp.float64) for part in (one, other)], axis=1)
+        return from_device(both.T @ both)
     split, count = one.shape[1], one.shape[0]
     width = split + other.shape[1]
     gram = np.zeros((width, width))
@@ -205,7 +212,7 @@ def _gram(one: Array, other: Array) -> Array:
     return gram
 
 
-def _exact_distance(a: LowRank, b: LowRank) -> float:
+def _exact_distance(a: LowRank, b: LowRank, device: str) -> float:
     """‖A - B‖ where the Gram matrices cancel; nothing to compute where the factors are the same.
 
     Whatever M (rank_b, rank_a) is, up_a down_a - up_b down_b = (up_a - up_b M) down_a - up_b (down_b - M down_a). With
@@ -225,7 +232,7 @@ def _exact_distance(a: LowRank, b: LowRank) -> float:
         fit = np.linalg.solve(own @ own.T, own @ other.T).T
     except np.linalg.LinAlgError:
         return distance(a, b)
-    terms = _gram(ups[0] - ups[1] @ fit, -ups[1]) * _gram(own.T, (other - fit @ own).T)
+    terms = _gram(ups[0] - ups[1] @ fit, -ups[1], device) * _gram(own.T, (other - fit @ own).T, device)
     squared = float(terms.sum())
     if squared * _ACCURATE > _ROUNDING * float(abs(terms).sum()):
         return math.sqrt(squared)

@@ -6,11 +6,12 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Adapter
-from loratools.arrays import check_device
+from loratools.arrays import check_double
 from loratools.deltas.likeness import Likeness, total
 from loratools.errors import InputError, OverBudget, Unsupported
 from loratools.executors.base import make_executor
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from loratools.executors.base import Executor
     from loratools.pairing import Pairing
 
-__all__ = ["DiffPlan", "diff", "plan_diff", "require_processor", "run_diff"]
+__all__ = ["DiffPlan", "diff", "plan_diff", "run_diff"]
 
 Ref = str | os.PathLike[str]
 # Factors drawn from one seed stay closer than this after training; independent ones are 1.41 apart.
@@ -103,7 +104,7 @@ def diff(
         allow_pickle: read ``.bin`` adapters.
         jobs: workers; by default the processors at hand, four at most.
         executor: what runs them.
-        device: ``"cpu"``.
+        device: where the Gram matrices of the factors are formed: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         max_memory: refuse to start if more is needed, in bytes.
         on_step: called after each module or tensor, for progress.
 
@@ -118,11 +119,11 @@ def diff(
         OverBudget: more memory is needed than allowed.
     """
     started = time.perf_counter()
-    require_processor(device)
+    device = check_double(device)
     planned = plan_diff(_opened(a, allow_pickle), _opened(b, allow_pickle), base=base)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     planned.require_memory(max_memory, workers.jobs)
-    return run_diff(planned, workers, tolerance=tolerance, on_step=on_step, started=started)
+    return run_diff(planned, workers, tolerance=tolerance, device=device, on_step=on_step, started=started)
 
 
 def plan_diff(a: Adapter, b: Adapter, *, base: Ref | Mapping[str, Any] | BaseModel | None = None) -> DiffPlan:
@@ -162,6 +163,7 @@ def run_diff(
     executor: Executor,
     *,
     tolerance: float = 1e-6,
+    device: str = "cpu",
     on_step: Callable[[Pair], None] | None = None,
     started: float | None = None,
 ) -> DiffReport:
@@ -169,7 +171,7 @@ def run_diff(
     if not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is not a number of at least 0")
     started = time.perf_counter() if started is None else started
-    results = gather(compare_pair, planned.items, executor, on_step=on_step)
+    results = gather(partial(compare_pair, device=device), planned.items, executor, on_step=on_step)
     whole = total(
         one.likeness for item, one in zip(planned.items, results, strict=True) if item.tensors is None
     )
@@ -197,16 +199,6 @@ def run_diff(
         seconds=time.perf_counter() - started,
         one_sided_modules=any(None in slots for slots in planned.pairing.modules.values()),
     )
-
-
-def require_processor(device: str) -> None:
-    """Refuse a device that the comparison is not written for: it is done before one has started.
-
-    Raises:
-        Unsupported: anything but the processor.
-    """
-    if check_device(device) != "cpu":
-        raise Unsupported(f"diff compares on the processor, not on {device}", hint="use --device cpu")
 
 
 def _opened(ref: Ref | Mapping[str, Any] | Adapter, allow_pickle: bool) -> Adapter:

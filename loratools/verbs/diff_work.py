@@ -68,8 +68,8 @@ class Compared:
     why: str = ""
 
 
-def compare_pair(item: Pair) -> Compared:
-    """Read and compare.
+def compare_pair(item: Pair, *, device: str = "cpu") -> Compared:
+    """Read and compare; the Gram matrices of factors are formed on ``device``.
 
     Raises:
         InputError: a value is not finite; names the module or the tensor.
@@ -77,7 +77,7 @@ def compare_pair(item: Pair) -> Compared:
     if item.tensors is not None:
         return _compare_tensors(item, *item.tensors)
     one, other = _parts(item.name, item.a), _parts(item.name, item.b)
-    return Compared(_likeness(item.name, one, other))
+    return Compared(_likeness(item.name, one, other, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ def _parts(name: str, module: Module | None) -> _Parts:
     return _Parts(matrices(module, name, fold=False), found)
 
 
-def _likeness(name: str, one: _Parts, other: _Parts) -> Likeness:
-    found = [_of_matrices(a, b) for a, b in zip_longest(one.matrices, other.matrices)]
+def _likeness(name: str, one: _Parts, other: _Parts, device: str) -> Likeness:
+    found = [_of_matrices(a, b, device) for a, b in zip_longest(one.matrices, other.matrices)]
     found += [_of_vectors(a, b) for a, b in zip_longest(one.vectors, other.vectors)]
     likeness = total(found)
     if not all(map(math.isfinite, (likeness.norm_a, likeness.norm_b, likeness.distance))):
@@ -114,14 +114,15 @@ def _likeness(name: str, one: _Parts, other: _Parts) -> Likeness:
     return likeness
 
 
-def _of_matrices(a: LowRank | None, b: LowRank | None) -> Likeness:
+def _of_matrices(a: LowRank | None, b: LowRank | None, device: str) -> Likeness:
     present = a or b
     assert present is not None
     nothing = replace(present, up=present.up[:, :0], down=present.down[:0])
-    found = compare(a or nothing, b or nothing)
+    found = compare(a or nothing, b or nothing, device=device)
     zero_a, zero_b = _cancels(a, found.norm_a), _cancels(b, found.norm_b)
     if zero_a or zero_b:
-        found = compare(nothing if zero_a else a or nothing, nothing if zero_b else b or nothing)
+        pair = nothing if zero_a else a or nothing, nothing if zero_b else b or nothing
+        found = compare(*pair, device=device)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Adapter
-from loratools.arrays import check_device
+from loratools.arrays import check_double
 from loratools.errors import Unsupported
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
@@ -88,7 +88,7 @@ def normalize(
         allow_pickle: read ``.bin`` and ``.pt`` files.
         jobs: workers; by default the processors at hand, four at most.
         executor: ``"threads"``, ``"inline"`` or ``"processes"``.
-        device: ``"cpu"``.
+        device: where the long products are formed: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         max_memory: bytes it may need.
         force: replace an output that loratools made.
         sync: wait for the disk.
@@ -105,7 +105,8 @@ def normalize(
         OutputExists: ``out`` exists, or overlaps an input.
         OverBudget: more memory is needed than ``max_memory`` allows.
     """
-    _require_options(rank, engine, device)
+    _require_options(rank, engine)
+    device = check_double(device)
     wanted = float_dtype(dtype)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     adapter = ref if isinstance(ref, Adapter) else open_adapter(ref, allow_pickle=allow_pickle)
@@ -119,11 +120,12 @@ def normalize(
     adapter, work = find_work(adapter, model, warnings)
     require_memory(work, max_memory, workers.jobs)
     kind, unit = choose_type(adapter, rank, None if wanted is None else wanted.name)
-    results = gather(partial(make_plain, rank=rank, dtype=kind, unit=unit), work, workers, on_step=on_step)
+    plainly = partial(make_plain, rank=rank, device=device)
+    results = gather(partial(plainly, dtype=kind, unit=unit), work, workers, on_step=on_step)
     rounded = kind in HALVES and not approximates(adapter, rank) and any(r.distance for r in results)
     if rounded and wanted is None:
         kind, unit = "F32", 1.0
-        results = gather(partial(make_plain, rank=rank, dtype=kind, unit=unit), work, workers)
+        results = gather(partial(plainly, dtype=kind, unit=unit), work, workers)
     if rank is None and kind not in HALVES:
         require_close(results)
     made, dropped = assemble(adapter, results, kind, unit, pad=pad)
@@ -164,7 +166,7 @@ def _open_base(base: Ref | Mapping[str, Any] | None) -> BaseModel | None:
     return model
 
 
-def _require_options(rank: int | None, engine: str | None, device: str) -> None:
+def _require_options(rank: int | None, engine: str | None) -> None:
     if engine is not None:
         raise Unsupported(
             f"normalize for {engine} is not in this build: it knows no engines",
@@ -172,5 +174,3 @@ def _require_options(rank: int | None, engine: str | None, device: str) -> None:
         )
     if rank is not None and (isinstance(rank, bool) or rank < 1):
         raise Unsupported(f"rank {rank} is no rank", hint="1 or more")
-    if check_device(device) != "cpu":
-        raise Unsupported("normalize computes on the processor", hint="leave --device out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import flat_shape
@@ -43,16 +44,16 @@ class Plain:
     distance: float
 
 
-def make_plain(item: Work, *, rank: int | None, dtype: str, unit: float) -> Plain:
+def make_plain(item: Work, *, rank: int | None, dtype: str, unit: float, device: str = "cpu") -> Plain:
     """Make one module plain; see :func:`loratools.verbs.normalize.normalize`."""
     from loratools.deltas.algebra import norm
 
     truths = _truth(item)
-    found = [_rounded(item, truth, rank, dtype, unit) for truth in truths]
+    found = [_rounded(item, truth, rank, dtype, unit, device) for truth in truths]
     bias, off = _bias(item.module, dtype, unit)
     distance = math.hypot(off, *(apart for _, apart in found))
     size = math.hypot(
-        0.0 if bias is None else float(_length(bias)) * unit, *(norm(truth) for truth in truths)
+        0.0 if bias is None else float(_length(bias)) * unit, *(norm(truth.on(device)) for truth in truths)
     )
     return Plain(item.name, tuple(factors for factors, _ in found), bias, size, distance)
 
@@ -91,39 +92,43 @@ def _initial(item: Work) -> tuple[Array, Array, float]:
     return (right.T, left.T, factor) if item.transposed and as_stored else (left, right, factor)
 
 
-def _rounded(item: Work, truth: LowRank, rank: int | None, dtype: str, unit: float) -> tuple[LowRank, float]:
+def _rounded(
+    item: Work, truth: LowRank, rank: int | None, dtype: str, unit: float, device: str
+) -> tuple[LowRank, float]:
     """Factors as they will be stored, and how far ``unit`` times their product is from the truth."""
     from loratools.deltas.algebra import core, norm
     from loratools.deltas.lowrank import LowRank
 
+    as_stored = partial(_as_stored, item=item, truth=truth, dtype=dtype, unit=unit, device=device)
     whole = LowRank(truth.up / unit, truth.down) if unit != 1.0 else truth
     stored = truth.up.shape[1]
     if rank is not None and rank < stored:
-        return _as_stored(item, core(whole).truncate(rank), truth, dtype, unit)
+        return as_stored(core(whole.on(device)).truncate(rank))
     if item.base is not None:
-        found = core(whole)
+        found = core(whole.on(device))
         limit = _NOTHING * norm(whole)
         kept = next((k for k in range(found.values.size) if found.tail(k) <= limit), found.values.size)
         whole, stored = found.truncate(max(kept, 1)), max(kept, 1)
     elif not keeps_factors(item.module) and stored > min(truth.shape):
-        whole, stored = core(whole).truncate(min(truth.shape)), min(truth.shape)
-    best = _as_stored(item, to_rank(whole, rank or stored), truth, dtype, unit)
+        whole, stored = core(whole.on(device)).truncate(min(truth.shape)), min(truth.shape)
+    best = as_stored(to_rank(whole, rank or stored))
     if (
         best[1] > _LOOSE * norm(truth) and dtype not in HALVES
     ):  # its terms cancel: balanced factors round better
-        other = _as_stored(item, core(whole).truncate(rank or stored), truth, dtype, unit)
+        other = as_stored(core(whole.on(device)).truncate(rank or stored))
         best = min(best, other, key=lambda pair: pair[1])
     return best
 
 
 def _as_stored(
-    item: Work, factors: LowRank, truth: LowRank, dtype: str, unit: float
+    factors: LowRank, item: Work, truth: LowRank, dtype: str, unit: float, device: str
 ) -> tuple[LowRank, float]:
     from loratools.deltas.likeness import compare
     from loratools.deltas.lowrank import LowRank
 
     kept = LowRank(_through(item.name, factors.up, dtype), _through(item.name, factors.down, dtype))
-    return kept, compare(truth, LowRank(kept.up.astype("f8") * unit, kept.down.astype("f8"))).distance
+    back = LowRank(kept.up.astype("f8") * unit, kept.down.astype("f8"))
+    return kept, compare(truth, back, device=device).distance
 
 
 def _through(name: str, values: Array, dtype: str) -> Array:
