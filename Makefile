@@ -19,11 +19,11 @@ test:
 	$(PYTHON) -m pytest -q --cov --cov-report=term --cov-fail-under=90
 
 docs:
-	$(PYTHON) -m cogapp --check docs/cli.md docs/errors.md docs/findings.md docs/methods.md
+	$(PYTHON) -m cogapp --check docs/cli.md docs/engines.md docs/errors.md docs/findings.md docs/methods.md
 	$(PYTHON) -m sphinx -W -q -b html docs docs/_build/html
 
 cog:
-	$(PYTHON) -m cogapp -r docs/cli.md docs/errors.md docs/findings.md docs/methods.md
+	$(PYTHON) -m cogapp -r docs/cli.md docs/engines.md docs/errors.md docs/findings.md docs/methods.md
 
 bench-smoke:
 	$(PYTHON) benchmarks/merge.py --smoke

@@ -57,9 +57,10 @@ def _yielded(function: ast.FunctionDef, problems: set[str]) -> Iterator[tuple[st
 
 
 def _problems() -> set[str]:
-    """Codes of what is wrong with a module, which the reader of the format gives."""
-    tree = ast.parse((ROOT / "loratools/formats/peft.py").read_text(encoding="utf-8"))
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    """Codes of what is wrong with a module, which the readers of the formats give."""
+    files = [ROOT / f"loratools/formats/{name}.py" for name in ("peft", "grouping", "reading")]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    calls = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))
     return {word for call in calls if ast.unparse(call.func) == "Problem" for word in _strings(call.args[0])}
 
 

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adapter": "loratools.adapter",
     "CombineReport": "loratools.verbs.combine_report",
+    "ConvertReport": "loratools.verbs.convert_report",
     "DiffReport": "loratools.verbs.diff_report",
     "ExtractReport": "loratools.verbs.extract_report",
     "Finding": "loratools.verbs.reports",
@@ -24,13 +25,16 @@ _PUBLIC = {
     "METHODS": "loratools.methods",
     "MergePlan": "loratools.verbs.merge",
     "MergeReport": "loratools.verbs.reports",
+    "MetadataReport": "loratools.verbs.metadata_report",
     "Module": "loratools.adapter",
     "NormalizeReport": "loratools.verbs.normalize_report",
     "ReduceReport": "loratools.verbs.reduce_report",
     "ValidationReport": "loratools.verbs.reports",
     "VerificationReport": "loratools.verbs.reports",
     "combine": "loratools.verbs.combine",
+    "convert": "loratools.verbs.convert",
     "diff": "loratools.verbs.diff",
+    "edit_metadata": "loratools.verbs.metadata",
     "extract": "loratools.verbs.extract",
     "inspect": "loratools.verbs.inspect",
     "load": "loratools.verbs.load",
@@ -49,6 +53,7 @@ __all__ = [
     "METHODS",
     "Adapter",
     "CombineReport",
+    "ConvertReport",
     "DiffReport",
     "ExtractReport",
     "Finding",
@@ -56,6 +61,7 @@ __all__ = [
     "LoratoolsError",
     "MergePlan",
     "MergeReport",
+    "MetadataReport",
     "Module",
     "NormalizeReport",
     "ReduceReport",
@@ -63,7 +69,9 @@ __all__ = [
     "VerificationReport",
     "__version__",
     "combine",
+    "convert",
     "diff",
+    "edit_metadata",
     "extract",
     "inspect",
     "load",
@@ -84,6 +92,8 @@ if TYPE_CHECKING:
     from loratools.methods.base import method
     from loratools.verbs.combine import combine
     from loratools.verbs.combine_report import CombineReport
+    from loratools.verbs.convert import convert
+    from loratools.verbs.convert_report import ConvertReport
     from loratools.verbs.diff import diff
     from loratools.verbs.diff_report import DiffReport
     from loratools.verbs.extract import extract
@@ -91,6 +101,8 @@ if TYPE_CHECKING:
     from loratools.verbs.inspect import inspect
     from loratools.verbs.load import load
     from loratools.verbs.merge import MergePlan, merge, plan_merge, run_merge
+    from loratools.verbs.metadata import edit_metadata
+    from loratools.verbs.metadata_report import MetadataReport
     from loratools.verbs.normalize import normalize
     from loratools.verbs.normalize_report import NormalizeReport
     from loratools.verbs.reduce import reduce

@@ -1,33 +1,54 @@
 """Which weights of a base an adapter touches, and which part of which update lands where.
 
-Names are resolved against the base (:mod:`loratools.spelling`); orientation is decided by the shapes of its weights
-and biases, never by what a configuration claims.
+Names are resolved against the base (:mod:`loratools.spelling`), or through the architecture both belong to
+(:mod:`loratools.placing`); orientation is decided by the shapes of its weights and biases, never by what a
+configuration claims.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from contextlib import contextmanager
-from math import prod
 from typing import TYPE_CHECKING
 
 from loratools.adapter import SAVED_EMBEDDING, flat_shape, require_own_rank, require_shape
-from loratools.errors import Mismatch, ShapeMismatch, UnmatchedModules
+from loratools.errors import Mismatch, ShapeMismatch, UnmatchedModules, Unsupported
 from loratools.experts import ExpertPlaces
-from loratools.spelling import EXPERT, Spelling, bare, choose_spelling
+from loratools.spelling import EXPERT, Spelling, bare, choose_spelling, finds_all, flattened
 from loratools.targets import Binding, Target, Term
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from loratools.adapter import Adapter, Extra, Module
+    from loratools.architectures.base import Architecture
     from loratools.models import BaseModel
+    from loratools.placing import Layout
     from loratools.tensors.base import TensorRef
 
-__all__ = ["bind"]
+__all__ = ["bind", "shared_layout", "speaks_of_diffusion"]
+
+# Formats of language models, whose names are looked up as they are unless they speak of something else.
+_LANGUAGE = {"peft", "bare-peft", "mlx", "gguf", "loralib"}
+# Words that only diffusion models, or the tools around them, have in their names.
+_DIFFUSION = re.compile(
+    r"(?:^|[._/])(?:lora_(?:unet|te\d?|transformer|prior)|lycoris|oft_unet|diffusion_model|unet|text_encoders?|"
+    r"(?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|(?:context|noise)_refiner)"
+    r"(?:[._/]|\d)"
+)
+
+# Kinds that never lie transposed to their weight.
+_AS_STORED = {"loha", "lokr", "full", "norm", "set", "glora"}
 
 
-def bind(adapter: Adapter, base: BaseModel, faults: list[tuple[str, Mismatch]] | None = None) -> Binding:
+def bind(
+    adapter: Adapter,
+    base: BaseModel,
+    faults: list[tuple[str, Mismatch]] | None = None,
+    *,
+    architecture: Architecture | None = None,
+) -> Binding:
     """Find the place of every module and extra of an adapter in a base; reads no values.
 
     Args:
@@ -35,18 +56,25 @@ def bind(adapter: Adapter, base: BaseModel, faults: list[tuple[str, Mismatch]] |
         base: where they belong.
         faults: collects what does not fit, by the name of the module or tensor, which then stays unbound; by default
             the first fault is raised.
+        architecture: that both belong to; by default it is looked for where their names speak of one.
 
     Raises:
         UnmatchedModules: no module found a place; or two spellings fit equally well.
         ShapeMismatch: a delta does not fit its weight.
         Mismatch: a bias to update that the base does not have, a parameter that cannot be told.
     """
-    paths = [bare(name) for name in adapter.modules] or [
+    layout = shared_layout(adapter, base, architecture)
+    if layout is not None:
+        return _bind_known(adapter, layout, faults)
+    flat = flattened(adapter, base)
+    paths = [flat.get(name) or bare(name) for name in adapter.modules] or [
         e.target.rpartition(".")[0] for e in adapter.extras.values()
     ]
-    besides = [e.target.rpartition(".")[0] for e in adapter.extras.values() if e.role != "unclaimed"]
+    besides = [
+        e.target.rpartition(".")[0] for e in adapter.extras.values() if e.role not in {"unclaimed", "carried"}
+    ]
     spelling = choose_spelling(adapter, base, paths, besides)
-    binder = _Binder(adapter, spelling)
+    binder = _Binder(adapter, spelling, flat)
     for name, module in adapter.modules.items():
         with _collected(name, faults):
             binder.module(name, module)
@@ -93,12 +121,126 @@ def _nothing_bound(adapter: Adapter, base: BaseModel, paths: list[str]) -> Unmat
     )
 
 
+def shared_layout(
+    adapter: Adapter, base: BaseModel, architecture: Architecture | None = None
+) -> Layout | None:
+    """The base in terms of the architecture it shares with an adapter; None where names are compared as they are.
+
+    A language model's adapter is told by its names, and costs no look at any architecture.
+    """
+    if architecture is None and not _speaks_of_one(adapter, base):
+        return None
+    from loratools.placing import find_layout
+
+    return find_layout(adapter, base, architecture)
+
+
+def speaks_of_diffusion(adapter: Adapter) -> bool:
+    """Whether an adapter's format or its names are those of diffusion models."""
+    if adapter.format not in _LANGUAGE:
+        return True
+    return any(_DIFFUSION.search(f"{name}.") for name in adapter.modules)
+
+
+def _speaks_of_one(adapter: Adapter, base: BaseModel) -> bool:
+    if not adapter.modules:
+        return False
+    if adapter.format not in _LANGUAGE or base.components:
+        return True
+    if not speaks_of_diffusion(adapter):
+        return False
+    return not finds_all(base, [bare(name) for name in adapter.modules])
+
+
+def _bind_known(adapter: Adapter, layout: Layout, faults: list[tuple[str, Mismatch]] | None) -> Binding:
+    """:func:`bind`, for an adapter and a base of one architecture."""
+    terms: dict[str, list[Term]] = {}
+    bound: list[str] = []
+    unmatched: list[str] = []
+    for name, module in adapter.modules.items():
+        landed: list[Term] = []
+        with _collected(name, faults):
+            require_own_rank(adapter.name, name, module)
+            landed = _landed(name, module, adapter, layout, faults is not None)
+            if not landed:
+                unmatched += [ref.name for ref in module.tensors.values()]
+        if landed:
+            bound.append(name)
+        for term in landed:
+            terms.setdefault(term.target.weight, []).append(term)
+    if adapter.modules and not bound and not faults:
+        raise _strange(adapter, layout, None)
+    ignored: dict[str, str] = {}
+    replacements: dict[str, TensorRef] = {}
+    for key, extra in adapter.extras.items():
+        if extra.role in {"training_only", "carried"}:
+            ignored[key] = extra.reason
+        elif extra.role == "replacement" and (replaced := layout.tensor(extra.target)) is not None:
+            replacements[replaced] = extra.tensor
+        else:
+            unmatched.append(key)
+    return Binding(
+        terms={weight: tuple(mine) for weight, mine in terms.items()},
+        replacements=replacements,
+        rows={},
+        copies={},
+        saved=frozenset(),
+        bound=tuple(bound),
+        unmatched=tuple(unmatched),
+        ignored=ignored,
+        architecture=layout.architecture.name,
+    )
+
+
+def _landed(name: str, module: Module, adapter: Adapter, layout: Layout, collecting: bool) -> list[Term]:
+    """What a module adds; where faults are collected, each says what is wrong with its own module.
+
+    Raises:
+        Mismatch: it does not fit.
+        Unsupported: it would have to be split and cannot be; a mismatch where faults are collected.
+    """
+    from loratools.canonical import stem
+    from loratools.placing import land
+
+    place = layout.architecture.lookup(stem(name))
+    try:
+        return [] if place is None else land(name, module, place, layout)
+    except ShapeMismatch as error:
+        if collecting:
+            raise
+        raise _strange(adapter, layout, error) from error
+    except Unsupported as error:
+        if not collecting:
+            raise
+        raise Mismatch(str(error), hint=error.hint) from error
+
+
+def _strange(adapter: Adapter, layout: Layout, error: ShapeMismatch | None) -> Mismatch:
+    """What to say of an adapter that does not fit: that the base is of another family, where it is."""
+    from loratools.architectures.base import architecture
+
+    base, mine, other = layout.base, layout.architecture, layout.family
+    if other is not None and other != mine.name:
+        return UnmatchedModules(
+            f"{adapter.name} is for {mine.title}, and {base.name} is {architecture(other).title}",
+            tuple(adapter.modules),
+            hint="is this the base it was trained on?",
+        )
+    return error or UnmatchedModules(
+        f"{adapter.name}: none of its {len(adapter.modules)} modules is in {base.name}, which has "
+        f"{len(layout.homes)} of {mine.title}",
+        tuple(adapter.modules),
+        hint="is this the base it was trained on?",
+    )
+
+
 class _Binder:
     """Collects what :func:`bind` finds."""
 
-    def __init__(self, adapter: Adapter, spelling: Spelling) -> None:
+    def __init__(self, adapter: Adapter, spelling: Spelling, flat: Mapping[str, str]) -> None:
         self.adapter = adapter
         self.spelling = spelling
+        self.flat = flat  # paths in the base, of names that have no dots left
         self.base = spelling.base
         self.experts = ExpertPlaces(adapter.name, adapter.config.raw, spelling.base)
         self.terms: dict[str, list[Term]] = {}
@@ -117,7 +259,11 @@ class _Binder:
 
     def module(self, name: str, module: Module) -> None:
         require_own_rank(self.adapter.name, name, module)
-        path = self.spelling(bare(name))
+        path = self.flat.get(name) or self.spelling(bare(name))
+        if not module.changes_weight and f"{path}.bias" in self.base.disk:
+            self.bound.append(name)
+            self._bias(name, path, module)
+            return
         targets = list(self._targets(name, path, module)) if self.base.holds(path) else []
         if not targets:
             self.unmatched.extend(ref.name for ref in module.tensors.values())
@@ -131,14 +277,13 @@ class _Binder:
         self.terms.setdefault(term.target.weight, []).append(term)
 
     def _bias(self, name: str, path: str, module: Module) -> None:
-        trained = "up_bias" in module.tensors
-        scaled = module.kind == "ia3" and not module.options["feedforward"]
         bias = f"{path}.bias"
-        if bias in self.base.disk and (trained or scaled):
+        if bias in self.base.disk and module.changes_bias:
             self._add(Term(name, module, Target(self.base.disk[bias]), "bias"))
-        elif trained:
+        elif module.changes_bias and module.kind != "ia3":
+            word = " (lora_bias)" if "up_bias" in module.tensors else ""
             raise Mismatch(
-                f"{self.adapter.name}: {name} trains a bias (lora_bias), and {path} has none in the base",
+                f"{self.adapter.name}: {name} trains a bias{word}, and {path} has none in the base",
                 hint="a merged checkpoint could not hold it; keep the adapter unmerged",
             )
 
@@ -165,9 +310,9 @@ class _Binder:
         if module.options.get("embedding"):
             require_shape(name, module.shape[::-1], shape)
             return Target(disk, transposed=True)
-        if module.kind == "ia3":
-            return self._scaled(name, weight, module)
-        if len(shape) > 2 or module.kind in {"loha", "lokr"}:
+        if module.by_feature:
+            return self._along(name, weight, module)
+        if len(shape) != 2 or len(module.shape) != 2 or module.kind in _AS_STORED:
             fits = flat_shape(module.shape) == flat_shape(shape) and module.shape[:1] == shape[:1]
             require_shape(name, shape if fits else module.shape, shape)
             return Target(disk)
@@ -175,18 +320,15 @@ class _Binder:
         require_shape(name, module.shape[::-1] if transposed else module.shape, shape)
         return Target(disk, transposed=transposed)
 
-    def _scaled(self, name: str, weight: str, module: Module) -> Target:
-        """IA3 scales output features, or inputs of a feed-forward; its vector is stored as (out, 1) or (1, in)."""
+    def _along(self, name: str, weight: str, module: Module) -> Target:
+        """The place of what scales or rotates features and knows no more than their number."""
         shape = self.base.shape(weight)
-        along = 1 if module.options["feedforward"] else 0
-        fits = [
-            prod(module.shape) == shape[along],
-            prod(module.shape) == shape[1 - along] and len(shape) == 2,
-        ]
+        fits = (module.fits_features(shape), len(shape) == 2 and module.fits_features(shape[::-1]))
         if not any(fits):
             raise ShapeMismatch(name, module.shape, shape)
-        transposed = self._is_transposed(weight) if all(fits) else fits[1]
-        return Target(self.base.disk[weight], transposed=transposed)
+        return Target(
+            self.base.disk[weight], transposed=self._is_transposed(weight) if all(fits) else fits[1]
+        )
 
     def _is_transposed(self, weight: str) -> bool:
         return self.base.stored_transposed(weight, self.adapter.config.raw.get("fan_in_fan_out"))
@@ -198,7 +340,7 @@ class _Binder:
     def extra(self, key: str, extra: Extra) -> None:
         memory = self._memory(extra)
         disk = self.base.disk.get(memory)
-        if extra.role == "training_only":
+        if extra.role in {"training_only", "carried"}:
             self.ignored[key] = extra.reason
         elif extra.role == "token_rows" and disk is not None:
             self._token_rows(key, extra, disk)

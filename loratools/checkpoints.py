@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from loratools.models import BaseModel
-    from loratools.planning import OutputFile
+    from loratools.planning import Output, OutputFile
     from loratools.tensors.base import TensorSpec
 
-__all__ = ["Beside", "edit_config", "index_file", "shard_names", "small_files"]
+__all__ = ["Beside", "component_files", "edit_config", "index_file", "shard_names", "small_files"]
 
 CONFIG_NAME = "config.json"
 
@@ -50,7 +50,7 @@ class Beside:
 
 
 def small_files(base: BaseModel, config: Mapping[str, Any], tokenizer_from: Path | None) -> Beside:
-    """What goes beside the merged weights of a folder.
+    """What goes beside the merged weights of a folder; for a pipeline, also the components that no adapter is for.
 
     Args:
         base: where the files come from.
@@ -58,7 +58,8 @@ def small_files(base: BaseModel, config: Mapping[str, Any], tokenizer_from: Path
         tokenizer_from: the adapter's folder, where the adapter has resized the vocabulary.
     """
     assert base.path is not None
-    own = {*base.files, base.index_name, RECORD_NAME}
+    indexes = {f"{folder}/{model.index_name}" for folder, model in base.components.items()}
+    own = {*base.files, *indexes, base.index_name, RECORD_NAME}
     # Links are followed where the weights' own links lead (a Hub cache's blobs), and no further: a folder from a
     # stranger could otherwise carry any file of this machine along.
     inside = [base.path.resolve(), *{(base.path / file).resolve().parent for file in base.files}]
@@ -67,10 +68,15 @@ def small_files(base: BaseModel, config: Mapping[str, Any], tokenizer_from: Path
         name = path.relative_to(base.path).as_posix()
         if name in own:
             continue
-        if _is_weights(path) or not any(path.resolve().is_relative_to(root) for root in inside):
+        if (_is_weights(path) and not _is_apart(name, base)) or not any(
+            path.resolve().is_relative_to(root) for root in inside
+        ):
             left_out.append(name)
         else:
             copied[name] = SmallFile(name, source=path)
+    # A link to a folder is not walked into; a pipeline would lack what lies there.
+    if base.components:
+        left_out += sorted(f"{one.name}/" for one in base.path.iterdir() if one.is_symlink() and one.is_dir())
     if tokenizer_from is not None:
         for name in _TOKENIZER_FILES:
             if (tokenizer_from / name).is_file():
@@ -79,6 +85,12 @@ def small_files(base: BaseModel, config: Mapping[str, Any], tokenizer_from: Path
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         copied[CONFIG_NAME] = SmallFile(CONFIG_NAME, content=text.encode())
     return Beside(tuple(copied.values()), tuple(left_out))
+
+
+def _is_apart(name: str, base: BaseModel) -> bool:
+    """Whether a pipeline's file belongs to a component that is not merged into, and so is needed as it is."""
+    folder, _, rest = name.partition("/")
+    return bool(base.components) and bool(rest) and folder not in base.components
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -128,6 +140,46 @@ def index_file(
         "weight_map": dict(sorted(weight_map.items(), key=lambda item: (order.index(item[1]), item[0]))),
     }
     return SmallFile(name, content=json.dumps(index, indent=2).encode() + b"\n")
+
+
+def component_files(
+    base: BaseModel,
+    changes: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, Iterable[Output]],
+    files: Iterable[OutputFile],
+) -> list[SmallFile]:
+    """The configurations and the indexes of a pipeline's components.
+
+    Args:
+        base: the pipeline.
+        changes: fields to set, by component.
+        outputs: the tensors written, by file.
+        files: the files laid out.
+    """
+    made = []
+    for folder, model in base.components.items():
+        if changes.get(folder):
+            config = edit_config(model.config, changes[folder])
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            made.append(SmallFile(f"{folder}/{CONFIG_NAME}", content=text.encode()))
+        if model.index_name is not None:
+            start = f"{folder}/"
+            mine = {file: list(listed) for file, listed in outputs.items() if file.startswith(start)}
+            weight_map = {
+                output.name.removeprefix(start): file.removeprefix(start)
+                for file, listed in mine.items()
+                for output in listed
+            }
+            specs = {output.name: output.spec for listed in mine.values() for output in listed}
+            shards = [
+                replace(file, name=file.name.removeprefix(start)) for file in files if file.name in mine
+            ]
+            made.append(
+                replace(
+                    index_file(model.index_name, shards, weight_map, specs), name=start + model.index_name
+                )
+            )
+    return made
 
 
 def shard_names(count: int) -> list[str]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratools.arrays import has_double
+from loratools.deltas.base import Delta, Fitting
 from loratools.deltas.lowrank import LowRank
-from loratools.deltas.scaled import Scaled
 from loratools.deltas.streams import buffer
 from loratools.dtypes import accumulator, largest, narrow, numpy_dtype, widen
-from loratools.errors import NonFinite, ShapeMismatch
+from loratools.errors import NonFinite, ShapeMismatch, Unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loratools.deltas.base import Delta, Update
+    from loratools.deltas.base import Update
     from loratools.dtypes import Array
     from loratools.planning import Contribution, WeightStep
     from loratools.targets import Term
@@ -179,19 +179,19 @@ def _load_term(term: Term, height: int, width: int, double: bool) -> _Placed:
     if isinstance(update, LowRank):
         update = update.folded()
     if target.delta_rows is not None or target.delta_cols is not None:
-        update = _as_delta(update).part(target.delta_rows, target.delta_cols)
+        if not isinstance(update, Delta):
+            raise Unsupported(f"{term.name} is {term.module.kind}, of which a part has no meaning by itself")
+        update = update.part(target.delta_rows, target.delta_cols)
     if target.transposed:
         update = update.transposed()
     rows = target.rows.slice if target.rows else slice(0, height, 1)
     cols = target.cols.slice if target.cols else slice(0, width, 1)
     covered = (len(range(*rows.indices(height))), len(range(*cols.indices(width))))
-    if isinstance(update, Scaled):  # its file does not know the weight's shape
+    if isinstance(update, Fitting):  # its file does not know the weight's shape
         update = update.fitted(covered)
     if update.shape != covered:
         raise ShapeMismatch(term.name, update.shape, covered)
-    return _Placed(
-        update, rows, cols, term.module.is_delta or (term.part == "bias" and term.module.kind == "lora")
-    )
+    return _Placed(update, rows, cols, term.module.adds(term.part))
 
 
 def _as_delta(update: Update) -> Delta:

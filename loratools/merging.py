@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.binding import bind
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from loratools.adapter import Adapter, Module
+    from loratools.block_weights import BlockWeights
     from loratools.dtypes import Dtype
     from loratools.models import BaseModel, Tie
-    from loratools.targets import Binding
+    from loratools.targets import Binding, Term
 
 __all__ = ["Conflict", "Merged", "merge_tensors"]
 
@@ -39,6 +40,7 @@ class Merged:
         bound: how many modules found their place.
         unmatched: adapter keys that were allowed to go unused.
         warnings: what a careful user should read.
+        component_config: the same as ``config`` for each component of a pipeline.
     """
 
     outputs: Mapping[str, Output]
@@ -48,6 +50,7 @@ class Merged:
     bound: int
     unmatched: tuple[str, ...]
     warnings: tuple[str, ...]
+    component_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def merge_tensors(
@@ -58,8 +61,20 @@ def merge_tensors(
     dtype: Dtype | None = None,
     allow_unmatched: Iterable[str] = (),
     on_conflict: Conflict = "error",
+    arch: str | None = None,
+    block_weights: Sequence[BlockWeights] = (),
 ) -> Merged:
     """Bind every adapter and decide, for each tensor, where its values start from and what changes them.
+
+    Args:
+        base: the base, opened.
+        adapters: the adapters, opened.
+        weights: what each is multiplied by.
+        dtype: of the floats written.
+        allow_unmatched: globs of adapter keys that may go unused.
+        on_conflict: which adapter wins where two replace a tensor.
+        arch: the architecture of all, by name; by default it is looked for.
+        block_weights: what each adapter's modules are multiplied by besides, one for each adapter or none.
 
     Raises:
         UnmatchedModules: an adapter key that nothing consumes and no pattern allows.
@@ -68,11 +83,21 @@ def merge_tensors(
     """
     for adapter in adapters:
         adapter.require_computable()
-    bindings = [bind(adapter, base) for adapter in adapters]
+    known = None
+    if arch is not None:
+        from loratools.architectures.base import architecture
+
+        known = architecture(arch)
+    bindings = [bind(adapter, base, architecture=known) for adapter in adapters]
     unmatched = _unmatched(adapters, bindings, tuple(allow_unmatched))
     warnings = [f"{a.name}: bound {b.renamed}" for a, b in zip(adapters, bindings, strict=True) if b.renamed]
     warnings += [f"{a.name}: {w}" for a in adapters for w in a.warnings]
-    sorter = _Sorter(base, adapters, bindings, weights, on_conflict)
+    warnings += [f"{a.name}: {said}" for a in adapters if (said := _carried(a))]
+    factors = [
+        one.factors(binding.bound, binding.architecture)
+        for one, binding in zip(block_weights, bindings, strict=bool(block_weights))
+    ]
+    sorter = _Sorter(base, adapters, bindings, weights, on_conflict, factors)
     tie = _Tied(base, base.tie, bindings)
     outputs = {name: sorter.output(name, spec) for name, spec in base.source.specs.items()}
     homes: dict[str, str | None] = {}
@@ -91,6 +116,9 @@ def merge_tensors(
         outputs=outputs,
         homes=homes,
         config=config if base.config else {},
+        component_config={
+            name: _dtype_field(one, dtype) for name, one in base.components.items() if _tells_dtype(one)
+        },
         resized=resized[0] if resized else None,
         bound=sum(len(binding.bound) for binding in bindings),
         unmatched=unmatched,
@@ -155,12 +183,14 @@ class _Sorter:
         bindings: Sequence[Binding],
         weights: Sequence[float],
         on_conflict: Conflict,
+        factors: Sequence[Mapping[str, float]] = (),
     ) -> None:
         self.base = base
         self.adapters = adapters
         self.bindings = bindings
         self.weights = weights
         self.on_conflict = on_conflict
+        self.factors = factors or [{}] * len(adapters)  # by module, where they are not 1
         # Of tied embeddings: a copy of one, saved beside its LoRA, is a copy of both.
         tie = base.tie
         self.partners = {} if tie is None else {tie.embedding: tie.head, tie.head: tie.embedding}
@@ -175,13 +205,15 @@ class _Sorter:
         """
         base = None if spec is None else TensorRef(self.base.source, start or name)
         contributions, copies = [], []
-        for adapter, binding, weight in zip(self.adapters, self.bindings, self.weights, strict=True):
+        changes = zip(self.adapters, self.bindings, self.weights, self.factors, strict=True)
+        for adapter, binding, weight, factors in changes:
             one = Contribution(
                 weight, binding.terms.get(name, ()), binding.replacements.get(name), binding.rows.get(name)
             )
-            if one.terms or one.replacement is not None or one.rows is not None:
-                _require_weight(adapter, name, one)
-                contributions.append(one)
+            for part in _by_factor(one, factors) if factors else [one]:
+                if part.terms or part.replacement is not None or part.rows is not None:
+                    _require_weight(adapter, name, part)
+                    contributions.append(part)
             copy = binding.copies.get(name) or binding.copies.get(self.partners.get(name, ""))
             if copy is not None and spec is not None and copy.shape != spec.shape:
                 copies.append(copy)
@@ -254,6 +286,32 @@ class _Sorter:
         for binding in self.bindings:
             names |= dict.fromkeys(name for name in binding.replacements if name not in present)
         return list(names)
+
+
+def _by_factor(whole: Contribution, factors: Mapping[str, float]) -> list[Contribution]:
+    """What one adapter does to a tensor, apart by what its modules are multiplied by; nothing for those at zero."""
+    groups: dict[float, list[Term]] = {}
+    for term in whole.terms:
+        groups.setdefault(factors.get(term.name, 1.0), []).append(term)
+    plain = replace(whole, terms=tuple(groups.pop(1.0, ())))
+    scaled = [
+        Contribution(whole.weight * factor, tuple(terms)) for factor, terms in groups.items() if factor != 0
+    ]
+    return [plain, *scaled]
+
+
+def _carried(adapter: Adapter) -> str:
+    """In words, what an adapter carries along that a merge leaves aside; empty for nothing."""
+    carried = {key: extra.reason for key, extra in adapter.extras.items() if extra.role == "carried"}
+    if not carried:
+        return ""
+    first, reason = next(iter(carried.items()))
+    more = f" and {len(carried) - 1} more" if len(carried) > 1 else ""
+    return f"{first}{more} left aside: {reason}"
+
+
+def _tells_dtype(component: BaseModel) -> bool:
+    return bool(component.config.keys() & {"torch_dtype", "dtype"})
 
 
 def _collide(replacing: list[Contribution]) -> bool:

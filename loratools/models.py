@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,14 +18,18 @@ from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint, re
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loratools.tensors.base import TensorSource, TensorSpec
+    from loratools.dtypes import Array
+    from loratools.tensors.base import Extent, TensorSource, TensorSpec
 
 __all__ = ["BaseModel", "Tie", "open_base", "open_weights", "quantisation_scheme", "require_unquantised"]
 
 CONFIG_NAME = "config.json"
+PIPELINE_NAME = "model_index.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_CONFIG = 16_000_000  # bytes
+# Components of a pipeline that adapters are trained on: denoisers and text encoders.
+_ADAPTED = re.compile(r"(?:unet|transformer|prior|decoder|text_encoder)(?:_[A-Za-z0-9]+)*")
 
 Kind = Literal["folder", "file", "memory"]
 
@@ -40,6 +45,8 @@ class BaseModel:
         files: tensor names by the file that holds them, in the order of their bytes.
         index_name: of the index beside the shards, if there is one.
         config: ``config.json``, or empty.
+        components: of a diffusers pipeline, the models that adapters are for, by their folder; their tensors are named
+            ``folder/name``, their files likewise.
     """
 
     path: Path | None
@@ -48,6 +55,7 @@ class BaseModel:
     files: Mapping[str, tuple[str, ...]]
     index_name: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, BaseModel] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -202,7 +210,105 @@ def open_weights(path: Path) -> BaseModel:
     return BaseModel(path, "file", source, {path.name: tuple(source.specs)})
 
 
+class PipelineSource:
+    """The components of a pipeline as one source: ``folder/name``, whichever file of the folder a tensor lies in."""
+
+    def __init__(self, components: Mapping[str, BaseModel]) -> None:
+        self.components = components
+        self.specs: Mapping[str, TensorSpec] = {
+            f"{folder}/{name}": spec
+            for folder, model in components.items()
+            for name, spec in model.source.specs.items()
+        }
+        self.metadata: Mapping[str, str] = {}
+        self.shards: dict[str, SafetensorsFile] = {}
+        for folder, model in components.items():
+            single = {next(iter(model.files)): model.source}
+            for name, file in getattr(model.source, "shards", single).items():
+                self.shards[f"{folder}/{name}"] = file
+
+    def _inner(self, name: str) -> tuple[TensorSource, str]:
+        folder, _, inner = name.partition("/")
+        return self.components[folder].source, inner
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        source, inner = self._inner(name)
+        return source.read(inner, start, stop, out=out)
+
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        source, inner = self._inner(name)
+        return source.read_bytes(inner, start, stop)
+
+    def extent(self, name: str) -> Extent | None:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        source, inner = self._inner(name)
+        return source.extent(inner)
+
+    def identity(self) -> tuple[Any, ...]:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        return tuple(model.source.identity() for model in self.components.values())
+
+
+def _open_pipeline(path: Path) -> BaseModel:
+    """A diffusers pipeline: the components that adapters are for. Everything else lies beside them."""
+    listed = _read_config(path / PIPELINE_NAME)
+    components = {
+        name: _open_component(path / name)
+        for name in listed
+        if _ADAPTED.fullmatch(name) and (path / name).is_dir() and any((path / name).glob("*.safetensors"))
+    }
+    if not components:
+        raise UnknownFormat(
+            f"{path} is a diffusers pipeline without safetensors weights of a denoiser or a text encoder",
+            hint="save it with save_pretrained, which writes safetensors",
+        )
+    files = {
+        f"{folder}/{file}": tuple(f"{folder}/{name}" for name in names)
+        for folder, model in components.items()
+        for file, names in model.files.items()
+    }
+    return BaseModel(path, "folder", PipelineSource(components), files, components=components)
+
+
+def _open_component(path: Path) -> BaseModel:
+    """A component's folder, which may hold its weights in several variants: the plain one, or the only one."""
+    config = _read_config(path / CONFIG_NAME)
+    indexes = {_variant(one.name): one for one in sorted(path.glob("*.safetensors.index*.json"))}
+    shards = {name: read_index(index) for name, index in indexes.items()}
+    belonging = {file for weight_map in shards.values() for file in weight_map.values()}
+    singles = {
+        _variant(one.name): one for one in sorted(path.glob("*.safetensors")) if one.name not in belonging
+    }
+    variants = sorted({*indexes, *singles})
+    if "" not in variants and len(variants) > 1:
+        raise AmbiguousFormat(
+            f"{path} has its weights in several variants: {', '.join(variants)}",
+            hint="keep one of them in the folder",
+        )
+    variant = variants[0]
+    if variant in indexes:
+        source = ShardedCheckpoint(path, shards[variant], indexes[variant])
+        files = {name: tuple(shard.specs) for name, shard in source.shards.items()}
+        return BaseModel(path, "folder", source, files, indexes[variant].name, config)
+    file = SafetensorsFile(singles[variant])
+    return BaseModel(path, "folder", file, {singles[variant].name: tuple(file.specs)}, None, config)
+
+
+def _variant(name: str) -> str:
+    """The variant a weight file or an index is of, such as ``fp16``; empty for the plain one.
+
+    >>> _variant("model.safetensors"), _variant("model.fp16.safetensors"), _variant("model.safetensors.index.fp16.json")
+    ('', 'fp16', 'fp16')
+    """
+    middle = name.removesuffix(".json").replace(".safetensors", "").replace(".index", "").split(".", 1)
+    return middle[1] if len(middle) > 1 else ""
+
+
 def _open_folder(path: Path) -> BaseModel:
+    if (path / PIPELINE_NAME).exists():
+        return _open_pipeline(path)
     config = _read_config(path / CONFIG_NAME)
     index = _find_index(path)
     if index is not None:
@@ -287,6 +393,9 @@ _DECLARATIONS = ("quantization_config", "compression_config", "quantization")
 
 def quantisation_scheme(base: BaseModel) -> str | None:
     """By what scheme the weights are quantised, from configuration and tensors; None if they are not."""
+    for component in base.components.values():
+        if (scheme := quantisation_scheme(component)) is not None:
+            return scheme
     text = base.config.get("text_config")
     for section in (base.config, text if isinstance(text, dict) else {}):
         for declared in (section.get(key) for key in _DECLARATIONS):

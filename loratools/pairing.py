@@ -1,18 +1,19 @@
 """Which modules of several adapters are the same one.
 
 Without a base the names must be equal once the known prefixes are stripped, and nothing is guessed. With a base two
-modules are the same where they land in the same place of it, however either file spells its names.
+modules are the same where they land in the same place of it, however either file spells its names. Adapters of a known
+architecture are compared under its names, with fused modules taken apart.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from loratools.adapter import flat_shape, require_own_rank
-from loratools.binding import bind
-from loratools.errors import Mismatch, ShapeMismatch
+from loratools.binding import bind, shared_layout, speaks_of_diffusion
+from loratools.errors import Mismatch, ShapeMismatch, Unsupported
 from loratools.naming import FUSED_EXPERTS
 from loratools.spelling import bare, choose_spelling
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from loratools.adapter import Adapter, Extra, Module
+    from loratools.architectures.base import Architecture
     from loratools.models import BaseModel
     from loratools.targets import Target
 
-__all__ = ["PREFIXES", "Pairing", "Slots", "pair", "require_same_shapes", "strip"]
+__all__ = ["PREFIXES", "Pairing", "Slots", "named_architecture", "pair", "require_same_shapes", "strip"]
 
 # What wrappers put before a module's name: PEFT, DataParallel, torch.compile, the model inside its task's head.
 PREFIXES = ("base_model.model.", "base_model.", "module.", "_orig_mod.", "model.")
@@ -41,11 +43,13 @@ class Pairing:
         modules: by a name they share, one slot for each adapter: its own name and the module, or None.
         extras: the same for the tensors that belong to no module.
         unplaced: for each adapter, its modules that are not in the base; matched by name as without one.
+        architecture: whose names the modules have; empty where they have their own.
     """
 
     modules: Mapping[str, Slots[Module]]
     extras: Mapping[str, Slots[Extra]]
     unplaced: tuple[tuple[str, ...], ...] = field(default=())
+    architecture: str = ""
 
     @property
     def common(self) -> tuple[str, ...]:
@@ -62,7 +66,9 @@ class Pairing:
         )
 
 
-def pair(adapters: Sequence[Adapter], base: BaseModel | None = None) -> Pairing:
+def pair(
+    adapters: Sequence[Adapter], base: BaseModel | None = None, architecture: Architecture | None = None
+) -> Pairing:
     """Match the modules of adapters; reads no values.
 
     >>> import numpy as np
@@ -77,6 +83,8 @@ def pair(adapters: Sequence[Adapter], base: BaseModel | None = None) -> Pairing:
     Args:
         adapters: whose modules; their order is that of the slots.
         base: a model they belong to, where names alone do not match them.
+        architecture: theirs; by default it is looked for where their names are those of diffusion models and do not
+            match.
 
     Returns:
         Every module and extra once, in the order of the first adapter that has it. Names are those of the first
@@ -87,10 +95,79 @@ def pair(adapters: Sequence[Adapter], base: BaseModel | None = None) -> Pairing:
         Mismatch: two modules of one adapter could be the same module of another; or a rank in a file is not that of
             its configuration.
         UnmatchedModules: an adapter has no module in the base, or fits it in two ways.
-        ShapeMismatch: a module does not fit the base.
+        ShapeMismatch: a module does not fit the base, or the architecture.
     """
     if base is not None:
+        return _of_base(adapters, base, architecture)
+    if architecture is not None:
+        return _by_architecture(adapters, architecture)
+    plain = _by_name(adapters)
+    if len(plain.common) == len(plain.modules) or not any(speaks_of_diffusion(one) for one in adapters):
+        return plain
+    known = _shared_architecture(adapters)
+    if known is None:
+        return plain
+    try:
+        found = _by_architecture(adapters, known)
+    except (Mismatch, Unsupported):
+        return plain
+    return found if _matches(found) > _matches(plain) else plain
+
+
+def _matches(pairing: Pairing) -> float:
+    """The share of modules that more than one adapter has."""
+    shared = sum(sum(slot is not None for slot in slots) > 1 for slots in pairing.modules.values())
+    return shared / max(1, len(pairing.modules))
+
+
+def _shared_architecture(adapters: Sequence[Adapter]) -> Architecture | None:
+    """The family every adapter's names and shapes speak of; the likeliest of several."""
+    from loratools.canonical import candidates
+
+    found = [candidates(adapter) for adapter in adapters]
+    common = [one for one in found[0] if all(one in others for others in found[1:])]
+    if not common:
+        return None
+    from loratools.architectures.base import architecture
+
+    return architecture(common[0])
+
+
+def _by_architecture(
+    adapters: Sequence[Adapter], architecture: Architecture, *, strict: bool = True
+) -> Pairing:
+    """Modules by canonical name; those that the architecture does not have keep theirs."""
+    from loratools.canonical import canonical
+
+    found = [canonical(adapter, architecture, strict=strict) for adapter in adapters]
+    pairing = _by_name([one.adapter for one in found])
+    return replace(pairing, unplaced=tuple(one.unmatched for one in found), architecture=architecture.name)
+
+
+def _of_base(adapters: Sequence[Adapter], base: BaseModel, architecture: Architecture | None) -> Pairing:
+    layouts = [shared_layout(adapter, base, architecture) for adapter in adapters]
+    known = {layout.architecture.name: layout.architecture for layout in layouts if layout is not None}
+    if not known:
         return _by_place(adapters, base)
+    if len(known) > 1:
+        raise Mismatch(
+            f"{' and '.join(adapter.name for adapter in adapters)} are not for the same kind of model "
+            f"({', '.join(one.title for one in known.values())})"
+        )
+    (mine,) = known.values()
+    bindings = [bind(adapter, base, architecture=mine) for adapter in adapters]
+    try:
+        pairing = _by_architecture(adapters, mine, strict=False)
+    except Unsupported:  # what cannot be taken apart is matched where it lands, if all have it whole
+        return _by_place(adapters, base, mine)
+    unplaced = tuple(
+        tuple(name for name in adapter.modules if name not in binding.bound)
+        for adapter, binding in zip(adapters, bindings, strict=True)
+    )
+    return replace(pairing, unplaced=unplaced)
+
+
+def _by_name(adapters: Sequence[Adapter]) -> Pairing:
     for adapter in adapters:
         for name, module in adapter.modules.items():
             require_own_rank(adapter.name, name, module)
@@ -99,6 +176,19 @@ def pair(adapters: Sequence[Adapter], base: BaseModel | None = None) -> Pairing:
     extras = _align([a.name for a in adapters], [_extra_names(adapter) for adapter in adapters])
     _require_one_orientation(adapters, modules)
     return Pairing(modules, extras, ((),) * len(adapters))
+
+
+def named_architecture(name: str | None) -> Architecture | None:
+    """An architecture by its name, where one is given.
+
+    Raises:
+        Unsupported: it is not known.
+    """
+    if name is None:
+        return None
+    from loratools.architectures.base import architecture
+
+    return architecture(name)
 
 
 def require_same_shapes(pairing: Pairing) -> None:
@@ -264,8 +354,10 @@ class _Placed:
     extras: Mapping[str, tuple[str, Extra]]
 
 
-def _by_place(adapters: Sequence[Adapter], base: BaseModel) -> Pairing:
-    placed = [_place(adapter, base) for adapter in adapters]
+def _by_place(
+    adapters: Sequence[Adapter], base: BaseModel, architecture: Architecture | None = None
+) -> Pairing:
+    placed = [_place(adapter, base, architecture) for adapter in adapters]
     _require_same_pieces(placed)
     modules: dict[str, Slots[Module]] = {}
     for place in dict.fromkeys(place for one in placed for place in one.at):
@@ -283,8 +375,8 @@ def _by_place(adapters: Sequence[Adapter], base: BaseModel) -> Pairing:
     return Pairing({**modules, **rest}, extras, tuple(one.unplaced for one in placed))
 
 
-def _place(adapter: Adapter, base: BaseModel) -> _Placed:
-    binding = bind(adapter, base)
+def _place(adapter: Adapter, base: BaseModel, architecture: Architecture | None) -> _Placed:
+    binding = bind(adapter, base, architecture=architecture)
     targets: dict[str, list[Target]] = {}
     for terms in binding.terms.values():
         for term in terms:
@@ -294,8 +386,12 @@ def _place(adapter: Adapter, base: BaseModel) -> _Placed:
     for name, found in targets.items():
         if (twin := at.setdefault(tuple(sorted(found, key=_order)), name)) != name:
             raise Mismatch(f"{adapter.name}: {twin} and {name} are one weight in {base.name}, adapted twice")
+    if architecture is not None:
+        return _placed_as_named(adapter, at, targets)
     paths = [bare(name) for name in adapter.modules] or [_owner(e) for e in adapter.extras.values()]
-    besides = [_owner(extra) for extra in adapter.extras.values() if extra.role != "unclaimed"]
+    besides = [
+        _owner(extra) for extra in adapter.extras.values() if extra.role not in {"unclaimed", "carried"}
+    ]
     spelling = choose_spelling(adapter, base, paths, besides)
 
     def spelled(name: str) -> str:
@@ -316,6 +412,14 @@ def _place(adapter: Adapter, base: BaseModel) -> _Placed:
             for name, (key, extra) in _extra_names(adapter).items()
         },
     )
+
+
+def _placed_as_named(
+    adapter: Adapter, at: Mapping[_Place, str], targets: Mapping[str, list[Target]]
+) -> _Placed:
+    """Modules that are called in the result what their file calls them."""
+    unplaced = tuple(name for name in adapter.modules if name not in targets)
+    return _Placed(adapter, at, {name: name for name in adapter.modules}, unplaced, _extra_names(adapter))
 
 
 def _owner(extra: Extra) -> str:

@@ -39,6 +39,8 @@ __all__ = [
 BLOCK_ELEMENTS = 1 << 19  # float32 values worked on at once; with smaller blocks workers wait for each other
 STEP_BYTES = 48 << 20  # of output, about; a larger weight is split so that workers share it
 COPY_BYTES = 256 << 20
+# What a value of rotations takes while they are inverted, in float64: matrices, and triangles that are half of them.
+_INVERTED = {"blocks": 20, "packed": 40}
 RUNTIME_BYTES = 48 << 20  # the interpreter, numpy and headers
 
 
@@ -57,7 +59,7 @@ class Contribution:
         return (
             self.replacement is None
             and self.rows is None
-            and all(term.module.is_delta for term in self.terms)
+            and all(term.module.adds(term.part) for term in self.terms)
         )
 
 
@@ -267,19 +269,29 @@ def plan_steps(
     outputs: Mapping[str, Iterable[Output]],
     metadata: Mapping[str, Mapping[str, str]],
     device: str = "cpu",
+    headers: Mapping[str, bytes] | None = None,
 ) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
     """Lay out the files and cut the work into steps.
 
     Args:
-        outputs: by file name, in the order of their bytes.
+        outputs: by file name, in the order of their bytes. In a folder within the output, a tensor's name begins with
+            the folder's, which its file does not repeat.
         metadata: by file name.
         device: where the products of factors are computed.
+        headers: of files that are to be their base's, byte for byte: its first bytes.
     """
     files: list[OutputFile] = []
     steps: list[Step] = []
     for number, (name, tensors) in enumerate(outputs.items()):
         listed = list(tensors)
-        header, offsets = layout(((t.name, t.spec) for t in listed), metadata.get(name, {}))
+        folder = name[: name.rfind("/") + 1]
+        stored = {t.name: t.name.removeprefix(folder) for t in listed}
+        header, inner = layout(((stored[t.name], t.spec) for t in listed), metadata.get(name, {}))
+        kept = (headers or {}).get(name)
+        if kept is not None:
+            inner = {one: offset + len(kept) - len(header) for one, offset in inner.items()}
+            header = kept
+        offsets = {whole: inner[short] for whole, short in stored.items()}
         size = len(header) + sum(t.spec.nbytes for t in listed)
         files.append(OutputFile(name, header, size))
         steps.extend(_steps(number, listed, offsets, device))
@@ -389,6 +401,13 @@ def _peak_bytes(
     copies = 4 if all(c.is_sum for c in contributions) else 6
     factors = sum(
         ref.spec.count * width for c in contributions for t in c.terms for ref in t.module.tensors.values()
+    )
+    factors += sum(
+        t.module.tensors[role].spec.count * size
+        for c in contributions
+        for t in c.terms
+        for role, size in _INVERTED.items()
+        if role in t.module.tensors
     )
     whole = 0 if rowwise else block * columns * 8 * 4  # decompositions work in float64
     return block * columns * width * copies + 2 * factors + whole + (1 << 20)

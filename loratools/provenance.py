@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.errors import LoratoolsError
 from loratools.tensors.files import read_whole
-from loratools.tensors.safetensors import SafetensorsFile, ShardedCheckpoint
+from loratools.tensors.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ def identify(role: str, path: Path | None, source: TensorSource) -> dict[str, An
 def _shards(source: TensorSource) -> list[SafetensorsFile]:
     if isinstance(source, SafetensorsFile):
         return [source]
-    return list(source.shards.values()) if isinstance(source, ShardedCheckpoint) else []
+    return list(getattr(source, "shards", {}).values())
 
 
 def _header_hash(shards: list[SafetensorsFile]) -> str:
@@ -69,6 +69,10 @@ def made_by_loratools(path: Path) -> bool:
         if path.is_dir():
             found = json.loads(read_whole(path / RECORD_NAME, MAX_RECORD))
             return isinstance(found, dict) and "loratools" in found
+        if path.suffix == ".gguf":
+            from loratools.tensors.gguf import GgufFile
+
+            return METADATA_KEY in GgufFile(path).metadata
         return METADATA_KEY in SafetensorsFile(path).metadata
     except (LoratoolsError, OSError, ValueError, RecursionError):
         return False

@@ -107,6 +107,7 @@ class FileSink:
 
     def _create(self, number: int) -> File:
         planned, path = self.plan.files[number], self.path(number)
+        path.parent.mkdir(exist_ok=True)  # a pipeline's component
         if not self.done:
             path.unlink(missing_ok=True)
         flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -214,6 +215,10 @@ class FileSink:
             self._write_small()
             self._journal_path().unlink()
             if self.sync:
+                for folder in dict.fromkeys(
+                    self.path(number).absolute().parent for number in range(len(self.files))
+                ):
+                    sync_folder(folder)
                 sync_folder(self.part if self.folder else self.part.absolute().parent)
             swap(self.part, self.output, replace=self.replace)
             if self.sync:

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.models import BaseModel
 
-__all__ = ["EXPERT", "BaseNames", "Spelling", "bare", "choose_spelling"]
+__all__ = ["EXPERT", "BaseNames", "Spelling", "bare", "choose_spelling", "finds_all", "flattened"]
 
 EXPERT = re.compile(r"(?P<owner>.*\.experts)\.(?P<index>\d+)\.(?P<part>[A-Za-z0-9_]+)")
 _NATURAL = ".(out, in)"  # no name of a module
+# What stands before a name whose dots have become underscores, and the folder of a pipeline it speaks of.
+_FLAT = re.compile(
+    r"(?:lora|lycoris|oft)_(?:(?P<denoiser>unet|transformer|prior_unet)|te(?P<encoder>\d?))?_+(?P<rest>\w+)"
+)
 _MAX_STRIPPED = 4  # name components that a prefix change may drop
 
 
@@ -220,3 +224,69 @@ def _place(base: BaseNames, path: str) -> str:
         if path + tail in base.disk:
             return base.disk[path + tail]
     return base.first.get(path, path)
+
+
+def finds_all(base: BaseModel, paths: list[str]) -> bool:
+    """Whether every path is one of the base's, spelled as it is."""
+    plain = Spelling(BaseNames(base, DIALECTS[0]))
+    return plain.finds(paths) == len(set(paths))
+
+
+def flattened(adapter: Adapter, base: BaseModel) -> dict[str, str]:
+    """The base's paths for module names whose dots have become underscores, found by flattening the base's own.
+
+    And, in a pipeline, for names whose first component is a folder's, or that one of its folders alone has.
+
+    Raises:
+        UnmatchedModules: a name could be several.
+    """
+    paths = _in_folders(adapter, base) if base.components else {}
+    names = {name: found for name in adapter.modules if (found := _FLAT.fullmatch(name)) is not None}
+    if not names:
+        return paths
+    known: dict[str, set[str]] = {}
+    for path in BaseNames(base, DIALECTS[0]).modules:
+        parts = re.split(r"[./]", path)
+        for start in range(len(parts)):
+            known.setdefault("_".join(parts[start:]), set()).add(path)
+    for name, found in names.items():
+        meant = _of_component(known.get(found["rest"], set()), found)
+        whole = [path for path in meant if re.sub(r"[./]", "_", path) == found["rest"]]
+        if len(meant) > 1 and len(whole) != 1:
+            raise UnmatchedModules(
+                f"{adapter.name}: {name} could be {' or '.join(sorted(meant)[:4])}", (name,),
+                hint="rename the adapter's modules so that they carry the base's full path",
+            )  # fmt: skip
+        if meant:
+            paths[name] = (whole or sorted(meant))[0]
+    return paths
+
+
+def _in_folders(adapter: Adapter, base: BaseModel) -> dict[str, str]:
+    modules = BaseNames(base, DIALECTS[0]).modules
+    paths = {}
+    for name in adapter.modules:
+        head, _, rest = bare(name).partition(".")
+        own = [f"{head}/{rest}"] if f"{head}/{rest}" in modules else []
+        found = own or [
+            path
+            for one in (bare(name), rest)
+            for folder in base.components
+            if (path := f"{folder}/{one}") in modules
+        ]
+        if len(found) == 1:
+            paths[name] = found[0]
+    return paths
+
+
+def _of_component(paths: set[str], found: re.Match[str]) -> set[str]:
+    """Those in the folder a name's prefix speaks of, where the base has such folders."""
+    if found["denoiser"]:
+        wanted = r"unet|transformer|prior"
+    elif found["encoder"] is not None:
+        number = found["encoder"]
+        wanted = rf"text_encoder(?:_{number})?" if number in {"", "1"} else rf"text_encoder_{number}"
+    else:
+        return paths
+    mine = {path for path in paths if re.match(rf"(?:{wanted})/", path)}
+    return mine if any("/" in path for path in paths) else paths

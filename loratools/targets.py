@@ -65,6 +65,7 @@ class Binding:
         ignored: keys that a merge leaves aside, with the reason.
         keeps_tie: whether the adapter says that tied embeddings were trained as one.
         renamed: how the adapter's names had to be changed to be found, in words.
+        architecture: whose names adapter and base were matched by; empty where they were compared as they are.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -77,6 +78,7 @@ class Binding:
     ignored: Mapping[str, str] = field(default_factory=dict)
     keeps_tie: bool = False
     renamed: str = ""
+    architecture: str = ""
 
 
 def is_attention(term: Term) -> bool:

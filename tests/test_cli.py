@@ -165,8 +165,10 @@ def test_formats_as_json():
     assert len(by_name) == len(document["formats"])
     assert by_name["peft"]["compute"] is True
     assert {"lora", "dora", "ia3", "loha", "lokr", "adalora"} <= set(by_name["peft"]["kinds"])
-    assert by_name["kohya"] == {
-        "name": "kohya", "kinds": ["lora"], "signs": ["kohya names", "kohya factors under dotted names"],
+    assert {"lora", "dora", "loha", "lokr", "full", "norm"} <= set(by_name["kohya"]["kinds"])
+    assert [by_name["kohya"][use] for use in ("inspect", "compute", "write")] == [True, True, True]
+    assert by_name["lllite"] == {
+        "name": "lllite", "kinds": ["lllite"], "signs": ["ControlNet-LLLite"],
         "inspect": True, "compute": False, "write": False,
     }  # fmt: skip
     dtypes = {entry["name"]: entry["compute"] for entry in document["dtypes"]}

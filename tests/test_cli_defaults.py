@@ -62,13 +62,14 @@ def test_every_option_arrives(asked):
         "-w", "-1", "--dtype", "bf16", "--shard-size", "5GB", "--verify", "--resume", "--no-sync",
         "--force", "--allow-unmatched", "lm_head*", "--allow-unmatched", "x", "--on-conflict", "last",
         "--blockwise-experts", "--jobs", "3", "--executor", "inline", "--device", "auto",
-        "--max-memory", "1.5GB",
+        "--max-memory", "1.5GB", "--arch", "sdxl", "--block-weights", "ALL0.5",
     )  # fmt: skip
     assert options == {
         "base": "base", "adapters": ["a"], "out": "out", "weights": (-1.0,), "dtype": "bf16",
         "shard_size": 5_000_000_000, "verify": True, "resume": True, "sync": False, "force": True,
         "allow_unmatched": ("lm_head*", "x"), "on_conflict": "last", "blockwise_experts": True, "jobs": 3,
         "executor": "inline", "device": "auto", "max_memory": 1_500_000_000, "on_step": None, "workers": 1,
+        "arch": "sdxl", "block_weights": ("ALL0.5",),
     }  # fmt: skip
 
 

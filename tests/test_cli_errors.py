@@ -159,21 +159,6 @@ def test_devices_that_are_not_there_and_executors_of_another_build_are_refused_b
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["inspect", "x", "--enable-lora", "1,0,1"],
-        ["validate", "x", "--for", "vllm"],
-    ],
-)
-def test_options_of_another_build_are_refused_by_name(arguments):
-    result = invoke(*arguments)
-    assert result.exit_code == 3
-    assert arguments[2] in result.stderr.splitlines()[0]
-    assert result.stderr.splitlines()[1].startswith("Hint: ")
-    assert f"{arguments[2]} " not in invoke(arguments[0], "--help").stdout
-
-
 @pytest.mark.parametrize("verb", ["inspect", "validate"])
 @pytest.mark.parametrize("ref", ["hf://owner/name", "owner/name", "s3://bucket/adapter", "not there"])
 def test_references_that_cannot_be_read_are_named(tmp_path, monkeypatch, verb, ref):

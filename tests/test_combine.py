@@ -608,7 +608,7 @@ def test_cli_says_what_is_lost(pair_of: list[str], tmp_path: Path, extra: list[s
         (["--method", "ties", "--space", "factor"], "'factor' is not one of"),
         (["--rank", "0"], "0 is not in the range"),
         (["-w", "1"], "-w was given 1 time for 2 adapters"),
-        (["--arch", "llama"], "--arch is not in this build"),
+        (["--arch", "llama"], "no architecture 'llama' is known"),
     ],
 )  # fmt: skip
 def test_cli_misuse(pair_of: list[str], tmp_path: Path, extra: list[str], words: str) -> None:

@@ -116,7 +116,7 @@ def test_a_delta_applied_block_by_block(
     weight = normal(np.random.default_rng(seed + 1), out, into)
     wanted = weight + dense
     found = [delta.apply(weight[i : i + block].copy(), i) for i in range(0, out, block)]
-    close(np.concatenate(found), wanted)
+    close(np.concatenate(found), wanted, np.maximum(np.abs(weight), np.abs(dense)))  # the two may cancel
 
 
 @given(

@@ -26,7 +26,7 @@ def ones(*shape: int, dtype: type = np.float32) -> np.ndarray:
 
 FIELDS = [
     "schema", "path", "format", "evidence", "kinds", "base_model", "rank", "alpha", "scaling", "parameters", "bytes",
-    "dtypes", "modules", "extras", "metadata", "warnings",
+    "dtypes", "modules", "extras", "metadata", "warnings", "architecture",
 ]  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def test_the_whole_report_of_a_small_adapter(tmp_path: Path) -> None:
         "bytes": 28 * 2 + (56 + 24 + 1) * 4,
         "dtypes": {"F16": 2, "F32": 4},
         "metadata": {"format": "pt"},
+        "architecture": None,
         "warnings": ["1 of 6 tensors are explained by nothing in the configuration"],
     }
     json.dumps(found)

@@ -43,11 +43,11 @@ DIALECTS = {
         {"lora_unet_q.lokr_w1": values(2, 3),
          "lora_unet_q.lokr_w2_a": values(5, 2), "lora_unet_q.lokr_w2_b": values(2, 7),
          "lora_unet_q.alpha": values()},
-        ("lycoris", ("lokr",), 2, (10, 21), 0),
+        ("kohya", ("lokr",), 2, (10, 21), 0),
     ),
     "loha": (
         {f"lora_unet_q.hada_w{i}_{s}": values(*shape) for i in (1, 2) for s, shape in (("a", (6, 4)), ("b", (4, 8)))},
-        ("lycoris", ("loha",), 4, (6, 8), 0),
+        ("kohya", ("loha",), 4, (6, 8), 0),
     ),
     "diffusers": (
         {"unet.mid.to_q_lora.down.weight": values(4, 8), "unet.mid.to_q_lora.up.weight": values(6, 4)},
@@ -86,6 +86,23 @@ DIALECTS = {
         {"base_model.model.q.ia3_l": values(8, 1)}, ("bare-peft", ("ia3",), None, None, 1),
     ),
     "unilora": ({"base_model.unilora_theta_d": values(8)}, ("unilora", ("unilora",), None, None, 1)),
+    "finegates": ({"base_model.model.q.finegates_row": values(8)}, ("finegates", ("finegates",), None, None, 1)),
+    "lllite": (
+        {"lllite_unet_q.down.0.weight": values(4, 8), "lllite_unet_q.up.0.weight": values(6, 4)},
+        ("lllite", ("lllite",), None, None, 2),
+    ),
+    "control lora": (
+        {"lora_controlnet": values(), "input_blocks.1.0.down": values(4, 8), "input_blocks.1.0.up": values(6, 4)},
+        ("control-lora", ("control-lora",), None, None, 3),
+    ),
+    "ip-adapter with factors": (
+        {"image_proj.proj.weight": values(4, 8), "ip_adapter.1.to_q_lora.down.weight": values(4, 8),
+         "ip_adapter.1.to_q_lora.up.weight": values(6, 4)},
+        ("ip-adapter", ("ip-adapter",), None, None, 3),
+    ),
+    "controlnet": ({"control_model.out.weight": values(4, 8)}, ("controlnet", ("controlnet",), None, None, 1)),
+    "hypernetwork": ({"320.0.weight": values(8, 4)}, ("hypernetwork", ("hypernetwork",), None, None, 1)),
+    "soft prompt": ({"prompt_embeddings": values(8, 4)}, ("bare-peft", ("soft prompt",), None, None, 1)),
     "textual inversion": ({"emb_params": values(2, 8)}, ("textual-inversion", ("textual inversion",), None, None, 1)),
     "full model": (
         {f"layers.{i}.weight": values(4, 4) for i in range(3)}, ("full-model", ("full model",), None, None, 3),
@@ -95,6 +112,13 @@ DIALECTS = {
         ("stripped", ("an adapter without its factors",), None, None, 2),
     ),
     "anything": ({"a": values(2)}, ("unknown", ("unknown",), None, None, 1)),
+}  # fmt: skip
+
+
+# What is read, and computed with as it is.
+COMPUTED = {
+    "kohya", "kohya convolution with a core", "kohya dora", "lokr", "loha", "diffusers", "diffusers with peft factors",
+    "comfy", "xlabs", "cloneofsimo", "sam",
 }  # fmt: skip
 
 
@@ -111,8 +135,14 @@ def test_a_dialect_is_told_by_its_keys(name: str, tmp_path: Path) -> None:
     claimed = {ref.name for module in modules for ref in module.tensors.values()}
     assert claimed.isdisjoint(adapter.extras)
     assert claimed | set(adapter.extras) == set(tensors)  # nothing is dropped in silence
-    with pytest.raises(Unsupported):
+    if name in COMPUTED:
         adapter.require_computable()
+        assert {module.scaling for module in modules} == (
+            {1 / rank} if "alpha" in modules[0].tensors else {1.0}
+        )
+    else:
+        with pytest.raises(Unsupported):
+            adapter.require_computable()
 
 
 def test_mlx_writes_its_scale_down(tmp_path: Path) -> None:
@@ -226,12 +256,17 @@ def test_a_pointer_in_place_of_a_file(tmp_path: Path, name: str) -> None:
     assert "git lfs pull" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("w.gguf", "GGUF"), ("w.npz", "numpy archive"), ("w.safetensors", "GGUF")]
-)
-def test_formats_this_build_does_not_read(tmp_path: Path, name: str, said: str) -> None:
-    (tmp_path / name).write_bytes(b"GGUF" + b"\0" * 60)
-    with pytest.raises(UnknownFormat, match=said):
+@pytest.mark.parametrize("name", ["w.onnx", "w.h5", "w.msgpack"])
+def test_formats_this_build_does_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(bytes(64))
+    with pytest.raises(UnknownFormat, match="does not read"):
+        open_adapter(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["w.gguf", "w.safetensors"])
+def test_gguf_is_told_by_its_first_bytes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CorruptFile, match="GGUF"):
         open_adapter(tmp_path / name)
 
 
@@ -270,16 +305,17 @@ def test_odd_prefixes_name_the_same_module(tmp_path: Path, prefix: str, infix: s
 
 
 def test_the_merged_linear_layout_is_blocks_of_its_rank(tmp_path: Path) -> None:
-    tensors = {
-        "base_model.model.h.0.query_key_value.lora_A.weight": values(8, 16),
-        "base_model.model.h.0.query_key_value.lora_B.weight": values(32, 4, 1),
-    }
+    rng = np.random.default_rng(0)
+    down, up = rng.standard_normal((8, 16)), rng.standard_normal((32, 4, 1))
+    tensors = {"base_model.model.h.0.qkv.lora_A.weight": down, "base_model.model.h.0.qkv.lora_B.weight": up}
     folder = write_adapter(tmp_path / "a", tensors, **CONFIG, enable_lora=[True, False, True])
     adapter = open_adapter(folder)
-    module = adapter.modules["h.0.query_key_value"]
-    assert (module.rank, module.options["blocks"], module.shape, module.scaling) == (4, 2, (48, 16), 2.0)
-    with pytest.raises(Unsupported, match="merged-linear"):
-        adapter.require_computable()
+    module = adapter.modules["h.0.qkv"]
+    assert (module.rank * module.options.get("blocks", 1), module.shape, module.scaling) == (8, (48, 16), 2.0)
+    adapter.require_computable()
+    wanted = np.zeros((48, 16))
+    wanted[:16], wanted[32:] = up[:16, :, 0] @ down[:4], up[16:, :, 0] @ down[4:]
+    np.testing.assert_allclose(module.load(double=True).rows(0, 48), 2 * wanted, rtol=1e-12, atol=1e-12)
 
 
 BROKEN = {

@@ -327,7 +327,7 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
     ("tensors", "code", "severity"),
     [
         ({"lora_unet_q.lora_down.weight": one((4, 8)), "lora_unet_q.lora_up.weight": one((6, 4))},
-         "format-not-checked", "warning"),
+         "alpha-not-stored", "info"),
         ({f"layers.{i}.weight": one((4, 4)) for i in range(3)}, "not-an-adapter", "warning"),
         ({"a": one((4,))}, "format-unknown", "error"),
     ],

@@ -37,6 +37,7 @@ def load_adapters(
     *,
     allow_pickle: bool,
     blockwise_experts: bool,
+    enable_lora: Sequence[bool] | None = None,
 ) -> list[Adapter]:
     """Open adapters: headers and configuration only.
 
@@ -53,7 +54,12 @@ def load_adapters(
 
     return [
         lt.load(
-            name, config=config, alpha=alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
+            name,
+            config=config,
+            alpha=alpha,
+            allow_pickle=allow_pickle,
+            blockwise_experts=blockwise_experts,
+            enable_lora=enable_lora,
         )
         for name in names
     ]

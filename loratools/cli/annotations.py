@@ -22,7 +22,7 @@ _GITHUB_LEVEL = {"error": "error", "warning": "warning", "info": "notice"}
 
 def sarif(report: ValidationReport) -> dict[str, Any]:
     """The findings as SARIF (https://docs.oasis-open.org/sarif/sarif/v2.1.0/)."""
-    codes = sorted({finding.code for finding in report.findings})
+    codes = sorted({_code(finding) for finding in report.findings})
     rules = [{"id": code} for code in codes]
     driver = {"name": "loratools", "version": __version__, "rules": rules}
     results = [_result(report, finding, codes) for finding in report.findings]
@@ -40,12 +40,17 @@ def _result(report: ValidationReport, finding: Finding, codes: list[str]) -> dic
     if finding.where:
         location["logicalLocations"] = [{"fullyQualifiedName": finding.where}]
     return {
-        "ruleId": finding.code,
-        "ruleIndex": codes.index(finding.code),
+        "ruleId": _code(finding),
+        "ruleIndex": codes.index(_code(finding)),
         "level": _SARIF_LEVEL[finding.severity],
         "message": {"text": _sentence(finding)},
         "locations": [location],
     }
+
+
+def _code(finding: Finding) -> str:
+    """A finding's code; of an engine's rule, with the engine before it, as a feature means something else to each."""
+    return finding.code if finding.engine is None else f"{finding.engine}/{finding.code}"
 
 
 def _sentence(finding: Finding) -> str:
@@ -55,7 +60,7 @@ def _sentence(finding: Finding) -> str:
 def github(report: ValidationReport, finding: Finding) -> str:
     """One finding as a workflow command: a newline or a comma in a name cannot start another."""
     where = f"{finding.where}: " if finding.where else ""
-    file, title = _property(report.path), _property(finding.code)
+    file, title = _property(report.path), _property(_code(finding))
     return (
         f"::{_GITHUB_LEVEL[finding.severity]} file={file},title={title}::{_data(where + _sentence(finding))}"
     )

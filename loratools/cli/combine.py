@@ -10,7 +10,16 @@ import click
 from loratools.cli.adapters import load_adapters, require_weights
 from loratools.cli.defaults import origin, strength
 from loratools.cli.doorway import Misuse
-from loratools.cli.options import FINITE, REF, computing, not_built, pickles, shared
+from loratools.cli.options import (
+    FINITE,
+    REF,
+    architecture,
+    block_weights,
+    computing,
+    enabling,
+    pickles,
+    shared,
+)
 from loratools.cli.outputs import resolve_out, show_dry_run, writing
 from loratools.cli.progress import progress
 from loratools.cli.tables import show_table
@@ -126,13 +135,15 @@ def _with_methods(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--base", type=REF, metavar="REF", help="The model of all, where their names do not match their modules."
 )
-@not_built("--arch", metavar="NAME", hint="pass --base with the model, whose tensors tell the same")
+@architecture
+@block_weights
 @click.option("--modules", is_flag=True, help="A line for each module.")
 @click.option(
     "--config", type=click.Path(dir_okay=False), metavar="FILE",
     help="The adapter_config.json of a bare weight file.",
 )  # fmt: skip
 @click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha of a bare weight file.")
+@enabling
 @click.option(
     "--blockwise-experts", is_flag=True,
     help="The B of fused experts is packed expert by expert (unsloth before September 2026).",
@@ -154,13 +165,16 @@ def command(
     rank: int | None,
     extras: Literal["error", "first", "average"],
     base: str | None,
+    arch: str | None,
+    block_weights: tuple[str, ...],
     modules: bool,
     config: str | None,
     alpha: float | None,
+    enable_lora: tuple[bool, ...] | None,
     blockwise_experts: bool,
     allow_pickle: bool,
     dtype: str | None,
-    to: str,  # noqa: ARG001 - checked where it is read: there is one format
+    to: str | None,
     force: bool,
     dry_run: bool,
     no_sync: bool,
@@ -192,11 +206,13 @@ def command(
     device = check_double(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     opened = load_adapters(
-        refs, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
-    )
+        refs, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts,
+        enable_lora=enable_lora,
+    )  # fmt: skip
     planned = plan_combine(
-        opened, target, weights=weight or None, method=method, rank=rank, base=base, extras=extras, dtype=dtype,
-        force=force, **options,
+        opened, target, weights=weight or None, method=method, rank=rank, base=base, arch=arch,
+        block_weights=block_weights, extras=extras,
+        dtype=dtype, to=to, force=force, **options,
     )  # fmt: skip
     if dry_run:
         show_dry_run(planned.to_dict(workers.jobs), settings)

@@ -9,7 +9,7 @@ import click
 
 from loratools.cli.adapters import load_adapters
 from loratools.cli.doorway import Misuse
-from loratools.cli.options import FINITE, REF, computing, not_built, pickles, shared
+from loratools.cli.options import FINITE, REF, architecture, computing, pickles, shared
 from loratools.cli.progress import progress
 from loratools.cli.tables import show_table
 from loratools.cli.text import counted, fields, listed, one_line, say_json, warn
@@ -32,7 +32,7 @@ _WORST = 10  # rows of the table, unless --modules asks for all
 @click.option(
     "--base", type=REF, metavar="REF", help="The model of both, where their names do not match their modules."
 )
-@not_built("--arch", metavar="NAME", hint="pass --base with the model, whose tensors tell the same")
+@architecture
 @click.option("--modules", is_flag=True, help="A line for each module rather than for the most different.")
 @click.option(
     "--tolerance", type=FINITE, default=1e-6, metavar="X", help="Relative distance that counts as none."
@@ -47,6 +47,7 @@ def command(
     a: str,
     b: str,
     base: str | None,
+    arch: str | None,
     modules: bool,
     tolerance: float,
     allow_pickle: bool,
@@ -76,7 +77,7 @@ def command(
     device = check_double(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     first, second = load_adapters((a, b), None, None, allow_pickle=allow_pickle, blockwise_experts=False)
-    planned = plan_diff(first, second, base=base)
+    planned = plan_diff(first, second, base=base, arch=arch)
     planned.require_memory(max_memory, workers.jobs)
     with progress("Comparing", sum(item.nbytes for item in planned.items), settings) as on_step:
         report = run_diff(planned, workers, tolerance=tolerance, device=device, on_step=on_step)

@@ -103,7 +103,7 @@ def command(
     full_tensors: Literal["auto", "none", "all"],
     modules: bool,
     dtype: str | None,
-    to: str,  # noqa: ARG001 - peft, or it would have been refused
+    to: str | None,
     force: bool,
     dry_run: bool,
     no_sync: bool,
@@ -134,7 +134,7 @@ def command(
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     planned = plan_extract(
         base, tuned, place, rank=rank, energy=energy, error=error, noise_floor=noise_floor, svd=svd,
-        include=include, exclude=exclude, full_tensors=full_tensors, force=force,
+        include=include, exclude=exclude, full_tensors=full_tensors, to=to or "peft", force=force,
     )  # fmt: skip
     planned.require_memory(max_memory, workers.jobs)
     if dry_run:

@@ -11,6 +11,8 @@ from loratools.cli.tables import show_table
 from loratools.cli.text import say_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loratools.cli.settings import Settings
 
 __all__ = ["command", "known_formats"]
@@ -48,27 +50,38 @@ def command(settings: Settings) -> None:
 
 def known_formats() -> list[dict[str, Any]]:
     """The formats, each with its kinds of module, what gives it away, and what can be done with it."""
-    from loratools.formats.peft import ROLES
-    from loratools.formats.recognise import SIGNS
+    from loratools.formats.recognise import only_recognised
+    from loratools.formats.registry import FORMATS
 
-    peft = sorted({kind for kind, _ in ROLES.values()} | {"dora"})
     formats = [
-        _format("peft", peft, ["adapter_config.json beside the weights"], compute=True),
-        _format("safetensors", ["full model"], ["model.safetensors, or an index"], compute=True, write=True),
-    ]  # fmt: skip
+        _format(one.name, one.kinds, one.signs, compute=one.computes, write=bool(one.writer))
+        for one in FORMATS.values()
+    ]
+    formats.append(
+        _format("safetensors", ["full model"], ["model.safetensors, or an index"], compute=True, write=True)
+    )
+    known = {entry["name"] for entry in formats}
     by_name: dict[str, dict[str, Any]] = {}
-    for sign in SIGNS:
-        entry = by_name.setdefault(sign.format, _format(sign.format, [], []))
-        for listed, value in ((entry["kinds"], sign.kind), (entry["signs"], sign.what)):
-            if value not in listed:
-                listed.append(value)
+    for sign in only_recognised():
+        if sign.format not in known:
+            entry = by_name.setdefault(sign.format, _format(sign.format, [], []))
+            for listed, value in ((entry["kinds"], sign.kind), (entry["signs"], sign.what)):
+                if value not in listed:
+                    listed.append(value)
     return [*formats, *by_name.values()]
 
 
 def _format(
-    name: str, kinds: list[str], signs: list[str], *, compute: bool = False, write: bool = False
+    name: str, kinds: Iterable[str], signs: Iterable[str], *, compute: bool = False, write: bool = False
 ) -> dict[str, Any]:
-    return {"name": name, "kinds": kinds, "signs": signs, "inspect": True, "compute": compute, "write": write}
+    return {
+        "name": name,
+        "kinds": list(kinds),
+        "signs": list(signs),
+        "inspect": True,
+        "compute": compute,
+        "write": write,
+    }
 
 
 def _uses(entry: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratools.cli.options import FINITE, REF, not_built, pickles, shared
+from loratools.cli.options import FINITE, REF, enabling, pickles, shared
 from loratools.cli.tables import show_table
 from loratools.cli.text import counted, fields, listed, one_line, say_json, size, spread, warn
 
@@ -42,8 +42,8 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
     "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The adapter_config.json to read it by."
 )
 @click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha, where no file says it.")
+@enabling
 @pickles
-@not_built("--enable-lora", metavar="LIST", hint="merged linear layers of loralib cannot be read yet")
 @shared
 @click.pass_obj
 def command(
@@ -55,6 +55,7 @@ def command(
     metadata: bool,
     config: str | None,
     alpha: float | None,
+    enable_lora: tuple[bool, ...] | None,
     allow_pickle: bool,
 ) -> None:
     """Say what an adapter is: its format, ranks, scaling and modules.
@@ -71,7 +72,9 @@ def command(
     """  # noqa: D301 - \b is click's
     import loratools as lt
 
-    report = lt.inspect(ref, config=config, alpha=alpha, allow_pickle=allow_pickle, spectrum=spectrum)
+    report = lt.inspect(
+        ref, config=config, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora, spectrum=spectrum
+    )
     warn(report.warnings, settings)
     if settings.json:
         say_json(report.to_dict())
@@ -90,6 +93,8 @@ def show_inspection(
         ("kind", ", ".join(report.kinds)),
         ("base model", report.base_model or "not named"),
     ]
+    if report.architecture is not None:
+        pairs.append(("architecture", report.architecture))
     if report.rank.max is not None:
         pairs += [
             ("rank", spread(report.rank.min, report.rank.max)),

@@ -62,8 +62,11 @@ def command(
     weight: tuple[float, ...],
     config: str | None,
     alpha: float | None,
+    enable_lora: tuple[bool, ...] | None,
     allow_unmatched: tuple[str, ...],
     on_conflict: Literal["error", "first", "last"],
+    block_weights: tuple[str, ...],
+    arch: str | None,
     blockwise_experts: bool,
     allow_pickle: bool,
     dtype: str | None,
@@ -80,14 +83,15 @@ def command(
 ) -> int:
     """Merge adapters into a base model, in memory that does not grow with the model.
 
-    BASE is a folder with safetensors (one file or many) or a single file, each ADAPTER a PEFT folder or file.
-    OUT is what BASE is: a complete checkpoint that appears whole or not at all.
+    BASE is a folder with safetensors (one file or many), a single file or a diffusers pipeline, each ADAPTER a folder
+    or file of any format. OUT is what BASE is: a complete checkpoint that appears whole or not at all.
 
     \b
     Examples:
       loratools merge my-model my-adapter merged
       loratools merge my-model style.lora voice.lora -w 1 -w 0.5 -o merged
       loratools merge merged my-adapter restored -w -1
+      loratools merge sdxl.safetensors style.safetensors merged.safetensors --block-weights OUTALL
       loratools merge my-model my-adapter merged --dry-run
     """  # noqa: D301 - \b is click's
     names, target = _places(adapters, out, output)
@@ -100,11 +104,13 @@ def command(
     check_device(device)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     opened = load_adapters(
-        names, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
-    )
+        names, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts,
+        enable_lora=enable_lora,
+    )  # fmt: skip
     planned = lt.plan_merge(
         base, opened, target, weights=weight or None, dtype=dtype, shard_size=shard_size, force=force,
         allow_unmatched=allow_unmatched, on_conflict=on_conflict, blockwise_experts=blockwise_experts, device=device,
+        arch=arch, block_weights=block_weights,
     )  # fmt: skip
     planned.plan.require_memory(max_memory, workers.jobs, apart=workers.remote)
     if dry_run:

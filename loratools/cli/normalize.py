@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratools.cli.adapters import load_adapters
-from loratools.cli.options import REF, computing, not_built, reading, shared
+from loratools.cli.engines import ENGINE, words_of
+from loratools.cli.options import REF, computing, reading, shared
 from loratools.cli.outputs import resolve_out, show_dry_run, writing
 from loratools.cli.progress import progress
 from loratools.cli.text import counted, fields, listed, one_line, say_json, size, spread, warn
@@ -33,7 +34,12 @@ __all__ = ["command", "show_normalization"]
 @click.option(
     "--pad", is_flag=True, help="One rank for all modules, the largest; the others are padded with zeros."
 )
-@not_built("--for", hint="leave it out: the result is plain LoRA, and --pad gives every module one rank")
+@click.option(
+    "--for",
+    type=ENGINE,
+    metavar="ENGINE",
+    help="What it is to load in, such as vllm: kept to its rules, or refused by name.",
+)
 @reading
 @writing
 @computing
@@ -41,6 +47,7 @@ __all__ = ["command", "show_normalization"]
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     *,
     ref: str,
     out: str | None,
@@ -50,10 +57,11 @@ def command(
     pad: bool,
     config: str | None,
     alpha: float | None,
+    enable_lora: tuple[bool, ...] | None,
     blockwise_experts: bool,
     allow_pickle: bool,
     dtype: str | None,
-    to: str,  # noqa: ARG001 - peft, or it would have been refused
+    to: str | None,
     force: bool,
     dry_run: bool,
     no_sync: bool,
@@ -61,17 +69,20 @@ def command(
     executor: str,
     device: str,
     max_memory: int | None,
+    **named: Any,  # "for", a word that Python keeps to itself
 ) -> int:
     """Write the same update as a plain adapter that every loader reads the same way.
 
     Scalings go into the factors, patterns are resolved, names are mended, LoHa, LoKr, AdaLoRA and BD-LoRA become
     plain LoRA, and with --base so do PiSSA, OLoRA and KaSA. The update before and after is compared in float64.
+    With --for the result is also what that engine loads and computes right: `validate --for` finds no fault in it.
 
     \b
     Examples:
       loratools normalize my-adapter plain
       loratools normalize my-pissa-adapter plain --base my-model
       loratools normalize my-adapter plain --rank 16
+      loratools normalize my-adapter for-sglang --for sglang
     """  # noqa: D301 - \b is click's
     place = resolve_out(out, output, "loratools normalize REF OUT")
     from loratools.publishing import require_place
@@ -79,20 +90,27 @@ def command(
     from loratools.verbs.saving import describe_save, input_paths
 
     [adapter] = load_adapters(
-        [ref], config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
-    )
+        [ref], config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts,
+        enable_lora=enable_lora,
+    )  # fmt: skip
     inputs = [] if base is None else [Path(base)]
     require_place(Path(place), [*input_paths(adapter), *inputs], force=force)
     total = sum(tensor.spec.nbytes for tensor in adapter.tensors)
     with progress("Normalising", total, settings) as on_step:
         report = normalize(
-            adapter, None if dry_run else place, base=base, rank=rank, pad=pad, dtype=dtype, jobs=jobs,
-            executor=executor, device=device, max_memory=max_memory, force=force, sync=not no_sync,
+            adapter, None if dry_run else place, base=base, rank=rank, pad=pad, engine=named["for"], dtype=dtype, to=to,
+            jobs=jobs, executor=executor, device=device, max_memory=max_memory, force=force, sync=not no_sync,
             on_step=on_step,
         )  # fmt: skip
     if dry_run:
         plan = describe_save(
-            report.adapter, place, verb="normalize", reads=[adapter, *inputs], dtype=dtype, force=force
+            report.adapter,
+            place,
+            verb="normalize",
+            reads=[adapter, *inputs],
+            format=to,
+            dtype=dtype,
+            force=force,
         )
         show_dry_run({**plan, "warnings": list(report.warnings)}, settings)
         return 0
@@ -127,6 +145,8 @@ def show_normalization(report: NormalizeReport, settings: Settings) -> None:
     changes = [f"{c.field} {_short(c.before)} to {_short(c.after)}" for c in report.config]
     if changes:
         pairs.append(("config", listed(changes, settings, most=len(changes))))
+    if report.engine is not None:
+        pairs.append((report.engine.name, words_of(report.engine)))
     fields(pairs)
 
 

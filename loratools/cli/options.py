@@ -21,7 +21,10 @@ __all__ = [
     "FLOATS",
     "REF",
     "SIZE",
+    "architecture",
+    "block_weights",
     "computing",
+    "enabling",
     "not_built",
     "pickles",
     "reading",
@@ -54,6 +57,22 @@ class Size(click.ParamType[int]):
         if count < 1:
             self.fail(f"{str(value)!r} is no room at all.", param, ctx)
         return count
+
+
+class Flags(click.ParamType[tuple[bool, ...]]):
+    """Which parts of a whole are meant, as ``1,0,1``."""
+
+    name = "list"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[bool, ...]:
+        """See :class:`click.ParamType`."""
+        words = str(value).replace(" ", "").lower().split(",")
+        meanings = {"1": True, "true": True, "0": False, "false": False}
+        if not any(meanings.get(word) for word in words) or not meanings.keys() >= set(words):
+            self.fail(f"{str(value)!r} does not say which parts, such as 1,0,1.", param, ctx)
+        return tuple(meanings[word] for word in words)
 
 
 class Finite(click.ParamType[float]):
@@ -149,6 +168,13 @@ shared = _chain(
     traced,
 )
 
+enabling = click.option(
+    "--enable-lora",
+    type=Flags(),
+    metavar="LIST",
+    help="Which parts of a fused weight a loralib file adapts, such as 1,0,1.",
+)
+
 pickles = click.option(
     "--allow-pickle",
     is_flag=True,
@@ -161,6 +187,7 @@ reading = _chain(
         help="The adapter_config.json of a bare weight file.",
     ),
     click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha of a bare weight file."),
+    enabling,
     click.option(
         "--blockwise-experts", is_flag=True,
         help="The B of fused experts is packed expert by expert (unsloth before September 2026).",
@@ -190,6 +217,20 @@ computing = _chain(
     click.option("--max-memory", type=SIZE, help="Refuse to start if more is needed, such as 2GB."),
 )
 
+architecture = click.option(
+    "--arch",
+    metavar="NAME",
+    help="The architecture, such as sdxl or flux1.  [default: what names and shapes say]",
+)
+
+block_weights = click.option(
+    "--block-weights",
+    multiple=True,
+    metavar="SPEC",
+    help="What blocks or modules are multiplied by besides: a preset such as OUTALL, a vector 1,0,0,..., or "
+    "'REGEX=RATIO'; ';' between several. Once for all adapters, or once for each.",
+)
+
 weighting = _chain(
     click.option(
         "-w", "--weight", "weight", type=FINITE, multiple=True, metavar="NUMBER",
@@ -201,6 +242,7 @@ weighting = _chain(
         help="The adapter_config.json of a bare weight file.",
     ),
     click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha of a bare weight file."),
+    enabling,
     click.option(
         "--allow-unmatched", multiple=True, metavar="GLOB",
         help="Adapter keys that may go unused, such as 'lm_head*'. Can be repeated.",
@@ -209,6 +251,8 @@ weighting = _chain(
         "--on-conflict", type=click.Choice(["error", "first", "last"]), default="error",
         help="Which adapter wins where two replace the same tensor.",
     ),
+    block_weights,
+    architecture,
     click.option(
         "--blockwise-experts", is_flag=True,
         help="The B of fused experts is packed expert by expert (unsloth before September 2026).",

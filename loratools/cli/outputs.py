@@ -15,6 +15,8 @@ from loratools.errors import Unsupported
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from click.shell_completion import CompletionItem
+
     from loratools.cli.settings import Settings
 
 __all__ = ["resolve_out", "show_dry_run", "writing"]
@@ -22,19 +24,43 @@ __all__ = ["resolve_out", "show_dry_run", "writing"]
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def _format(ctx: click.Context, param: click.Parameter, value: str) -> str:  # noqa: ARG001 - click's signature
-    if value != "peft":
-        raise Unsupported(
-            f"--to {value} is not in this build", hint="it writes peft: a folder that PEFT loads"
-        )
-    return value
+class FormatName(click.ParamType[str]):
+    """The name of a format that is written, or one of its other names."""
+
+    name = "format"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See :class:`click.ParamType`."""
+        from loratools.formats.registry import find_format, writable
+
+        try:
+            found = find_format(str(value))
+        except Unsupported:
+            self.fail(f"{str(value)!r} is no format; {', '.join(writable())} are written.", param, ctx)
+        if not found.writer:
+            self.fail(f"{found.name} is read, not written; {', '.join(writable())} are.", param, ctx)
+        return found.name
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """The formats that are written."""
+        from click.shell_completion import CompletionItem
+
+        from loratools.formats.registry import writable
+
+        return [CompletionItem(name) for name in writable() if name.startswith(incomplete)]
 
 
 def writing(command: F) -> F:
     """The options ``-o``, ``--dtype``, ``--to``, ``--force``, ``--dry-run`` and ``--no-sync`` of a command.
 
-    The command gets ``output: str | None``, ``dtype: str | None``, ``to: str``, ``force: bool``, ``dry_run: bool`` and
-    ``no_sync: bool``; it declares the argument ``out`` itself, and passes both to :func:`resolve_out`.
+    The command gets ``output: str | None``, ``dtype: str | None``, ``to: str | None``, ``force: bool``,
+    ``dry_run: bool`` and ``no_sync: bool``; it declares the argument ``out`` itself, and passes both to
+    :func:`resolve_out`.
     """
     options = (
         click.option("-o", "--output", type=REF, help=_place_help(command)),
@@ -46,10 +72,9 @@ def writing(command: F) -> F:
         ),
         click.option(
             "--to",
-            default="peft",
+            type=FormatName(),
             metavar="FORMAT",
-            callback=_format,
-            help="Format to write; this build has peft.",
+            help=f"Format to write, such as kohya, diffusers or peft.{_default_format(command)}",
         ),
         click.option("--force", is_flag=True, help="Replace OUT, if loratools made it."),
         click.option(
@@ -71,10 +96,24 @@ def _place_help(command: Callable[..., Any]) -> str:
     return "OUT: a folder to make, or a file ending in .safetensors."
 
 
+def _default_format(command: Callable[..., Any]) -> str:
+    """What a command writes without ``--to``."""
+    parameters = inspect.signature(command).parameters
+    if "allow_loss" in parameters:
+        return ""
+    return (
+        "  [default: peft]"
+        if "tuned" in parameters
+        else "  [default: that of the input, where it is written]"
+    )
+
+
 def _default_type(command: Callable[..., Any]) -> str:
     """What a command writes without ``--dtype``: of checkpoints the factors are computed, not read."""
     if "tuned" in inspect.signature(command).parameters:
         return "float32; what goes along whole keeps its own"
+    if "allow_loss" in inspect.signature(command).parameters:
+        return "each tensor's own"
     return "the widest that is read"
 
 

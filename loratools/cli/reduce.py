@@ -8,7 +8,7 @@ import click
 
 from loratools.cli.defaults import origin, strength, strongest
 from loratools.cli.doorway import Misuse
-from loratools.cli.options import FINITE, REF, SIZE, computing, pickles, shared
+from loratools.cli.options import FINITE, REF, SIZE, computing, enabling, pickles, shared
 from loratools.cli.outputs import resolve_out, show_dry_run, writing
 from loratools.cli.tables import show_table
 from loratools.cli.text import counted, fields, listed, one_line, percent, say_json, spread, warn
@@ -59,6 +59,7 @@ _TOGETHER_ONLY = ("params", "size")
     "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The adapter_config.json to read it by."
 )
 @click.option("--alpha", type=FINITE, metavar="NUMBER", help="The lora_alpha, where no file says it.")
+@enabling
 @click.option(
     "--blockwise-experts",
     is_flag=True,
@@ -84,7 +85,7 @@ def command(
     per_module: bool | None,
     modules: bool,
     output: str | None,
-    to: str,  # noqa: ARG001 - checked by the option
+    to: str | None,
     dry_run: bool,
     no_sync: bool,
     **options: Any,
@@ -107,7 +108,7 @@ def command(
     per_module = _scope(rule, per_module)
     from loratools.verbs.reduce import plan_reduce, reduce
 
-    chosen = {**rule, "per_module": per_module, **options}
+    chosen = {**rule, "per_module": per_module, "to": to, **options}
     if dry_run:
         show_dry_run(plan_reduce(ref, target, **chosen), settings)
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from loratools.cli.doorway import Misuse
-from loratools.cli.options import REF, not_built, pickles, shared
+from loratools.cli.engines import ENGINES, words_of
+from loratools.cli.options import REF, pickles, shared
 from loratools.cli.text import counted, one_line, say_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 @click.command()
 @click.argument("ref", type=REF)
 @click.option("--base", type=REF, metavar="REF", help="The base model: every module must be there and fit.")
+@click.option(
+    "--for",
+    type=ENGINES,
+    metavar="ENGINE[,ENGINE...]",
+    help="The programs that are to load it, such as vllm,llama.cpp: whether each does, and computes the same.",
+)
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option(
     "--format",
@@ -36,11 +43,11 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
     "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The adapter_config.json to read it by."
 )
 @pickles
-@not_built("--for", metavar="ENGINE", hint="what an engine accepts cannot be checked yet; leave --for out")
 @shared
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     *,
     ref: str,
     base: str | None,
@@ -48,22 +55,27 @@ def command(
     format: str,
     config: str | None,
     allow_pickle: bool,
+    **named: Any,  # "for", a word that Python keeps to itself
 ) -> int:
-    """Check an adapter: structure, configuration against tensors, NaN and Inf, and whether it fits a base.
+    """Check an adapter: structure, configuration, NaN and Inf, and whether it fits a base and engines.
 
-    Lists everything it finds, not only the first. Exit code 1 means that errors were found.
+    Lists everything it finds, not only the first. Exit code 1 means that errors were found; that an engine loads the
+    adapter and computes something else is one. `loratools engines` lists the engines.
 
     \b
     Examples:
       loratools validate my-adapter
       loratools validate my-adapter --base my-model --strict
+      loratools validate my-adapter --for vllm,llama.cpp
       loratools validate my-adapter --format github
     """  # noqa: D301 - \b is click's
     settings: Settings = ctx.obj
     form = _form(ctx, format, json=settings.json)
     import loratools as lt
 
-    report = lt.validate(ref, base=base, strict=strict, config=config, allow_pickle=allow_pickle)
+    report = lt.validate(
+        ref, base=base, engines=named["for"] or (), strict=strict, config=config, allow_pickle=allow_pickle
+    )
     if form == "json":
         say_json(report.to_dict())
     elif form == "text":
@@ -98,6 +110,10 @@ def show_validation(report: ValidationReport, settings: Settings) -> None:
             _show_finding(finding)
     if settings.quiet:
         return
+    for answer in report.engines:
+        fine, bad = {answer.loads, answer.same_maths} == {"yes"}, "no" in (answer.loads, answer.same_maths)
+        colour = "green" if fine else "red" if bad else "yellow"
+        click.echo(f"{answer.name}: {click.style(one_line(words_of(answer)), fg=colour)}")
     count = Counter(finding.severity for finding in report.findings)
     nouns = {"error": "error", "warning": "warning", "info": "note"}
     found = [counted(count[severity], noun) for severity, noun in nouns.items() if count[severity]]
@@ -109,7 +125,9 @@ def show_validation(report: ValidationReport, settings: Settings) -> None:
 
 def _show_finding(finding: Finding) -> None:
     label = click.style(finding.severity.ljust(7), fg=_COLOURS[finding.severity], bold=True)
-    where = f"{one_line(finding.where)}: " if finding.where else ""
-    click.echo(f"{label}  {where}{one_line(finding.message)} [{one_line(finding.code)}]")
+    told = finding.engine is not None and finding.where in finding.message
+    where = f"{one_line(finding.where)}: " if finding.where and not told else ""
+    code = finding.code if finding.engine is None else f"{finding.engine}: {finding.code}"
+    click.echo(f"{label}  {where}{one_line(finding.message)} [{one_line(code)}]")
     if finding.hint:
         click.echo(f"         {click.style(one_line(finding.hint), dim=True)}")

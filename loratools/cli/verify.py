@@ -37,8 +37,11 @@ def command(
     weight: tuple[float, ...],
     config: str | None,
     alpha: float | None,
+    enable_lora: tuple[bool, ...] | None,
     allow_unmatched: tuple[str, ...],
     on_conflict: str,
+    block_weights: tuple[str, ...],
+    arch: str | None,
     blockwise_experts: bool,
     allow_pickle: bool,
     jobs: int | None,
@@ -73,9 +76,12 @@ def command(
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     local_path(merged)  # named before any work, if it is not there
     opened = load_adapters(
-        adapters, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
-    )
-    request: dict[str, Any] = {"allow_unmatched": allow_unmatched, "on_conflict": on_conflict}
+        adapters, config, alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts,
+        enable_lora=enable_lora,
+    )  # fmt: skip
+    request: dict[str, Any] = {
+        "allow_unmatched": allow_unmatched, "on_conflict": on_conflict, "arch": arch, "block_weights": block_weights,
+    }  # fmt: skip
     planned = lt.plan_merge(base, opened, weights=weight or None, device=device, **request)
     planned.plan.require_memory(max_memory, workers.jobs, apart=workers.remote)
     warn(planned.merged.warnings, settings)

@@ -16,7 +16,7 @@ from loratools.arrays import beside, from_device, namespace_of
 from loratools.deltas.full import Dense
 from loratools.deltas.hadamard import Hadamard
 from loratools.deltas.kronecker import Kronecker
-from loratools.deltas.lowrank import LowRank
+from loratools.deltas.lowrank import LowRank, whole
 from loratools.errors import ShapeMismatch, Unsupported
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def factored(delta: Delta) -> LowRank:
         return LowRank(_scaled(up, delta.scaling), down)
     if isinstance(delta, Kronecker):
         left, right = _thin(delta.left), _thin(delta.right)
-        return LowRank(_scaled(np.kron(left.up, right.up), delta.scaling), np.kron(left.down, right.down))
+        up = np.kron(left.up, right.up)[delta.first : delta.last]
+        return LowRank(_scaled(up, delta.scaling), np.kron(left.down, right.down))
     if isinstance(delta, Dense):
         values = _scaled(delta.values, delta.scaling)
         rows, columns = values.shape
@@ -94,7 +95,7 @@ def _thin(side: Array) -> LowRank:
 
 
 def add(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
-    """Σ wᵢ Dᵢ, exactly: the factors side by side, the weights in ``up``.
+    """Σ wᵢ Dᵢ, exactly: the factors side by side, the weights in ``up``; one matrix where a term is stored whole.
 
     >>> one = LowRank(np.ones((3, 2)), np.ones((2, 4)))
     >>> add([(0.5, one), (2.0, one)]).up.shape
@@ -112,12 +113,23 @@ def add(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
             raise ShapeMismatch("a term of the sum", delta.shape, shape)
     deltas = [factored(delta) for _, delta in terms]
     kind = np.result_type(*(delta.up.dtype for delta in deltas))
+    if any(whole(delta) is not None for delta in deltas):
+        return factored(Dense(_summed([weight for weight, _ in terms], deltas, kind)))
     up, start = np.empty((shape[0], sum(delta.up.shape[1] for delta in deltas)), kind), 0
     for (weight, _), delta in zip(terms, deltas, strict=True):
         stop = start + delta.up.shape[1]
         np.multiply(delta.up, delta.up.dtype.type(weight), out=up[:, start:stop])
         start = stop
     return LowRank(up, np.concatenate([delta.down for delta in deltas]))
+
+
+def _summed(weights: Sequence[float], deltas: Sequence[LowRank], kind: np.dtype) -> Array:
+    """Σ wᵢ Dᵢ formed in full."""
+    total = np.zeros(deltas[0].shape, kind)
+    for weight, delta in zip(weights, deltas, strict=True):
+        values = whole(delta)
+        total += kind.type(weight) * (delta.up @ delta.down if values is None else values)
+    return total
 
 
 def inner(a: LowRank, b: LowRank) -> float:
@@ -135,6 +147,8 @@ def inner(a: LowRank, b: LowRank) -> float:
 
 def norm(delta: LowRank) -> float:
     """The Frobenius norm, from Gram matrices; of one whose terms cancel, from its singular values."""
+    if (values := whole(delta)) is not None:
+        return float(np.linalg.norm(_double(values))) * abs(delta.scaling)
     up, down = _double(delta.up), _double(delta.down)
     ups, downs = from_device(up.T @ up), from_device(down @ down.T)
     square, apart = float(np.vdot(ups, downs)), float(np.dot(np.diagonal(ups), np.diagonal(downs)))
@@ -259,6 +273,8 @@ class _Reduced:
 
 
 def _reduced(delta: LowRank) -> _Reduced:
+    if (values := whole(delta)) is not None:
+        return _Reduced(_double(values), None)
     up, down = _double(delta.up), _double(delta.down)
     if up.shape[1] > min(delta.shape):
         return _Reduced(from_device(up) @ from_device(down), None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from loratools.dtypes import Array
 
-__all__ = ["Delta", "Span", "Update"]
+__all__ = ["Delta", "Fitting", "Span", "Update"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +76,17 @@ class Delta(Update, Protocol):
 
     def transposed(self) -> Delta:
         """The same delta for the weight stored as (in, out)."""
+        ...
+
+
+@runtime_checkable
+class Fitting(Update, Protocol):
+    """An update whose file does not say the shape of its weight: it is fitted to the one it lands on."""
+
+    def fitted(self, shape: tuple[int, int]) -> Update:
+        """The same update of a weight of this shape, as stored.
+
+        Raises:
+            ShapeMismatch: it cannot be one of such a weight.
+        """
         ...

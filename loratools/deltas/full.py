@@ -53,7 +53,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
-    """W' = T, read as it is needed: a trained head, bias or embedding saved whole."""
+    """W' = T, read as it is needed: a trained head, bias or embedding saved whole, a weight that is set."""
 
     read: Callable[[int, int], Array]  # rows start to stop of T: (stop - start, in)
     shape: tuple[int, int]

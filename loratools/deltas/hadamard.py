@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from loratools.deltas.lowrank import LowRank
     from loratools.dtypes import Array
 
-__all__ = ["Hadamard", "tucker"]
+__all__ = ["Hadamard", "expanded", "tucker"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,14 +56,32 @@ def tucker(core: Array, left: Array, right: Array) -> tuple[Array, Array]:
     """A Tucker (CP) decomposed convolution as two factors of a matrix (out, in * kernel).
 
     Args:
-        core: (rank, rank, k1, k2), the ``t`` tensor.
+        core: (rank, rank, kernel...), the ``t`` tensor.
         left: (rank, out).
         right: (rank, in).
 
     Returns:
-        (out, rank) and (rank, in * k1 * k2).
+        (out, rank) and (rank, in * kernel).
+    """
+    return left.T, expanded(core, right)
+
+
+def expanded(core: Array, down: Array) -> Array:
+    """The ``down`` of a CP decomposed convolution with its kernel: Σ_q core[p, q, kernel] down[q, in].
+
+    >>> import numpy as np
+    >>> expanded(np.ones((4, 2, 3, 3)), np.ones((2, 5))).shape
+    (4, 45)
+
+    Args:
+        core: (p, q, kernel...), ``lora_mid`` or a ``t`` tensor.
+        down: (q, in).
+
+    Returns:
+        (p, in * kernel).
     """
     import numpy as np
 
-    down = np.einsum("pqkl,qi->pikl", core, right)
-    return left.T, down.reshape(core.shape[0], -1)
+    flat = core.reshape(core.shape[0], core.shape[1], -1)
+    product: Array = np.matmul(flat.transpose(0, 2, 1), down)  # (p, kernel, in)
+    return np.ascontiguousarray(product.transpose(0, 2, 1)).reshape(core.shape[0], -1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratools.deltas.full import Dense
 
 if TYPE_CHECKING:
-    from loratools.deltas.base import Span
+    from loratools.deltas.base import Delta, Span
     from loratools.dtypes import Array
 
 __all__ = ["Kronecker"]
@@ -16,16 +16,19 @@ __all__ = ["Kronecker"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kronecker:
-    """D = scaling · left ⊗ right, with rows formed as they are asked for."""
+    """D = scaling · left ⊗ right, or some rows of it, formed as they are asked for."""
 
     left: Array  # (a, c)
     right: Array  # (b, d): D is (a * b, c * d); a convolution's kernel is flattened into d
     scaling: float
+    first: int = 0  # row of the product that is D's first
+    last: int | None = None  # one past D's last
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
+        rows = self.left.shape[0] * self.right.shape[0] if self.last is None else self.last
+        return rows - self.first, self.left.shape[1] * self.right.shape[1]
 
     @property
     def rowwise(self) -> bool:
@@ -36,7 +39,7 @@ class Kronecker:
         """See :class:`~loratools.deltas.base.Delta`."""
         import numpy as np
 
-        above, below = np.divmod(np.arange(start, stop), self.right.shape[0])
+        above, below = np.divmod(np.arange(start, stop) + self.first, self.right.shape[0])
         block = self.left[above][:, :, None] * self.right[below][:, None, :]
         block *= block.dtype.type(self.scaling)
         return block.reshape(stop - start, -1)
@@ -46,10 +49,14 @@ class Kronecker:
         weight += self.rows(start, start + weight.shape[0])
         return weight
 
-    def part(self, rows: Span | None, cols: Span | None) -> Dense:
-        """A sub-matrix of a Kronecker product is not one: formed in full."""
-        return Dense(self.rows(0, self.shape[0])).part(rows, cols)
+    def part(self, rows: Span | None, cols: Span | None) -> Delta:
+        """Adjoining rows stay a product; any other sub-matrix is formed in full."""
+        if rows is None or cols is not None or rows.step != 1:
+            return Dense(self.rows(0, self.shape[0])).part(rows, cols)
+        return replace(self, first=self.first + rows.start, last=self.first + rows.stop)
 
-    def transposed(self) -> Kronecker:
+    def transposed(self) -> Delta:
         """(L ⊗ R)ᵀ = Lᵀ ⊗ Rᵀ."""
+        if self.shape[0] != self.left.shape[0] * self.right.shape[0]:
+            return Dense(self.rows(0, self.shape[0])).transposed()
         return Kronecker(self.left.T, self.right.T, self.scaling)

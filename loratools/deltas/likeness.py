@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools.arrays import from_device, namespace, to_device
+from loratools.deltas.lowrank import whole
 from loratools.errors import ShapeMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from loratools.deltas.lowrank import LowRank
     from loratools.dtypes import Array
@@ -166,9 +167,9 @@ def _mean(overlaps: list[Overlap]) -> Overlap | None:
 
 
 def _crowded(a: LowRank, b: LowRank) -> bool:
-    """Whether the matrices themselves are smaller than the Gram matrices of their factors."""
+    """Whether the matrices themselves are smaller than the Gram matrices of their factors, or one is stored whole."""
     ranks: int = a.up.shape[1] + b.up.shape[1]
-    return ranks > 2 * min(a.shape)
+    return ranks > 2 * min(a.shape) or whole(a) is not None or whole(b) is not None
 
 
 def _dense(a: LowRank, b: LowRank) -> Likeness:
@@ -177,16 +178,24 @@ def _dense(a: LowRank, b: LowRank) -> Likeness:
 
     rows = max(1, _CHUNK // a.shape[1])
     sums = np.zeros(4)
-    factors = [(d.up, d.down.astype(np.float64), d.scaling) for d in (a, b)]
+    parts = [_rows(a), _rows(b)]
     for start in range(0, a.shape[0], rows):
-        first, second = (
-            scaling * (up[start : start + rows].astype(np.float64) @ down).ravel()
-            for up, down, scaling in factors
-        )
+        first, second = (part(slice(start, start + rows)).ravel() for part in parts)
         change = first - second
         sums += (first @ first, second @ second, first @ second, change @ change)
     square_a, square_b, inner, squared = map(float, sums)
     return Likeness(math.sqrt(square_a), math.sqrt(square_b), inner, math.sqrt(squared))
+
+
+def _rows(delta: LowRank) -> Callable[[slice], Array]:
+    """What makes rows of a delta, in float64."""
+    import numpy as np
+
+    values = whole(delta)
+    if values is not None:
+        return lambda some: delta.scaling * values[some].astype(np.float64)
+    down = delta.down.astype(np.float64)
+    return lambda some: delta.scaling * (delta.up[some].astype(np.float64) @ down)
 
 
 def _gram(one: Array, other: Array, device: str) -> Array:

@@ -1,4 +1,7 @@
-"""l ∘ W: (IA)³ (Liu et al. 2022, https://arxiv.org/abs/2205.05638)."""
+"""l ∘ W: (IA)³ (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
+
+PEFT stores the factors l themselves, LyCORIS l - 1: the reader of a file says which, and here they are factors.
+"""
 
 from __future__ import annotations
 

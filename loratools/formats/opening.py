@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from loratools.errors import AmbiguousFormat, BadConfig, CorruptFile, NotFound, UnknownFormat
+from loratools.formats.dialects import is_bare
 from loratools.formats.peft import common_config, has_peft_keys, read_peft, with_blockwise
 from loratools.formats.peft_config import CONFIG_NAME, parse_config, read_config, require_regular
 from loratools.refs import local_path
@@ -16,7 +17,7 @@ from loratools.tensors.pickled import SUFFIXES, PickledFile
 from loratools.tensors.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from loratools.adapter import Adapter
     from loratools.formats.peft_config import PeftConfig
@@ -28,14 +29,14 @@ __all__ = ["WEIGHT_NAMES", "Opened", "evidence", "explain", "interpret", "open_a
 WEIGHT_NAMES = (
     "adapter_model.safetensors",
     "adapters.safetensors",
+    "adapters.npz",
     "pytorch_lora_weights.safetensors",
     "adapter_model.bin",
     "pytorch_lora_weights.bin",
 )
 _LFS_POINTER = b"version https://git-lfs"
+_GGUF = b"GGUF"
 _UNREAD = {
-    ".gguf": "GGUF",
-    ".npz": "a numpy archive",
     ".onnx": "ONNX",
     ".h5": "HDF5",
     ".msgpack": "Flax msgpack",
@@ -72,15 +73,17 @@ def open_adapter(
     alpha: float | None = None,
     allow_pickle: bool = False,
     blockwise_experts: bool = False,
+    enable_lora: Sequence[bool] | None = None,
 ) -> Adapter:
     """Open an adapter: headers and configuration only.
 
     Args:
-        ref: a folder, a weight file, or a state dict (which needs ``config``).
+        ref: a folder, a weight file, or a state dict (where it is PEFT's, with ``config``).
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
         alpha: the ``lora_alpha``, where no configuration says it.
         allow_pickle: read ``.bin`` and ``.pt`` files.
         blockwise_experts: read the B of fused experts as expert-slowest (unsloth before 2026-09).
+        enable_lora: which parts of a fused weight a loralib file has factors for, where no configuration says it.
 
     Raises:
         NotFound: no such file, or a folder without adapter weights.
@@ -88,7 +91,8 @@ def open_adapter(
         BadConfig: a field of the configuration cannot be, or says another alpha.
         Unsupported: a pickle, without leave to read it.
     """
-    adapter = interpret(open_parts(ref, config=config, allow_pickle=allow_pickle), alpha=alpha)
+    opened = open_parts(ref, config=config, allow_pickle=allow_pickle)
+    adapter = interpret(opened, alpha=alpha, enable_lora=enable_lora)
     return with_blockwise(adapter) if blockwise_experts else adapter
 
 
@@ -141,9 +145,11 @@ def explain(
     """
     raw = {name: value for name, value in opened.raw.items() if name != "peft_type" or value is not None}
     if alpha is not None:
-        _require_silent(raw, alpha, opened.where)
         if "peft_type" not in raw and raw.get("r") is None:
+            if not is_bare(opened.source):
+                return None
             raw = common_config(opened.source) | raw
+        _require_silent(raw, alpha, opened.where)
         raw |= {"lora_alpha": alpha, "alpha": alpha, "alpha_pattern": {}}
     if not _is_peft(raw, opened):
         return None
@@ -172,17 +178,24 @@ def _require_silent(raw: Mapping[str, Any], alpha: float, where: object) -> None
         )
 
 
-def interpret(opened: Opened, *, alpha: float | None = None) -> Adapter:
-    """Make modules of the keys, as the configuration explains them.
+def interpret(
+    opened: Opened, *, alpha: float | None = None, enable_lora: Sequence[bool] | None = None
+) -> Adapter:
+    """Make modules of the keys, as the configuration or the dialect explains them.
 
     Raises:
         BadConfig: a field of the configuration cannot be.
+        AmbiguousFormat: two dialects claim the file.
     """
+    if opened.weights is not None and _is_gguf(opened):
+        from loratools.formats.gguf import read_gguf
+
+        return read_gguf(opened.name, opened.weights, base_config=opened.raw)
     config = explain(opened, alpha=alpha)
     if config is None:
         from loratools.formats.recognise import recognise
 
-        return recognise(opened.name, opened.source, opened.raw, alpha=alpha)
+        return recognise(opened.name, opened.source, opened.raw, alpha=alpha, enable_lora=enable_lora)
     return read_peft(opened.name, opened.source, config, evidence(opened))
 
 
@@ -207,7 +220,9 @@ def _is_peft(raw: Mapping[str, Any], opened: Opened) -> bool:
     """Whether the configuration speaks of these weights: a model may lie in the same folder as an adapter."""
     if raw.get("peft_type") is None and raw.get("r") is None:
         return False
-    return opened.weights is None or opened.weights.name in WEIGHT_NAMES or has_peft_keys(opened.source)
+    if opened.weights is None or opened.weights.name in WEIGHT_NAMES:
+        return True
+    return has_peft_keys(opened.source) and is_bare(opened.source)
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -281,9 +296,7 @@ def _open_weights(path: Path, allow_pickle: bool) -> TensorSource:
 
         return open_weights(path).source
     require_regular(path)
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
+    if (start := _start(path)) == _LFS_POINTER:
         raise CorruptFile(
             path, "is a Git LFS pointer, not the weights", hint="fetch the real file: git lfs pull"
         )
@@ -291,6 +304,22 @@ def _open_weights(path: Path, allow_pickle: bool) -> TensorSource:
         return cast("TensorSource", PickledFile(path, allow_pickle=allow_pickle))
     if path.suffix in _UNREAD:
         raise UnknownFormat(f"{path} is {_UNREAD[path.suffix]}, which this build does not read")
-    if start.startswith(b"GGUF"):
-        raise UnknownFormat(f"{path} is GGUF, which this build does not read")
+    if path.suffix == ".npz":
+        from loratools.tensors.npz import NpzFile
+
+        return cast("TensorSource", NpzFile(path, allow_pickle=allow_pickle))
+    if start.startswith(_GGUF):
+        from loratools.tensors.gguf import GgufFile
+
+        return cast("TensorSource", GgufFile(path))
     return SafetensorsFile(path)
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER))
+
+
+def _is_gguf(opened: Opened) -> bool:
+    weights = opened.weights
+    return weights is not None and weights.is_file() and _start(weights).startswith(_GGUF)

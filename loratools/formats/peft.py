@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.adapter import SAVED_EMBEDDING, Adapter, AdapterConfig, Extra, Module
+from loratools.formats.loralib import unfused
 from loratools.formats.peft_config import effective_scaling
 from loratools.formats.refusals import why_broken, why_refused
 from loratools.tensors.base import TensorRef
@@ -243,7 +244,9 @@ def _misfit(
     kind: str, shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, int], config: PeftConfig
 ) -> str | None:
     """Two factors whose inner dimensions differ, or a vector of the wrong length."""
-    if kind in {"lora", "adalora"} and not blocks and not _enabled(config):
+    if kind == "lora" and (enabled := _enabled(config)):
+        return _fused_misfit(shapes, enabled)
+    if kind in {"lora", "adalora"} and not blocks:
         down = shapes.get("down") or shapes["embedding_down"]
         up = shapes.get("up") or shapes["embedding_up"]
         if len(down) < 3 and up[1] != down[0]:
@@ -259,6 +262,16 @@ def _misfit(
     for a, b, core in _INNER.get(kind, ()):
         if a in shapes and b in shapes and core not in shapes and shapes[a][1] != shapes[b][0]:
             return f"{a} {list(shapes[a])} and {b} {list(shapes[b])} have different ranks"
+    return None
+
+
+def _fused_misfit(shapes: Mapping[str, tuple[int, ...]], enabled: list[bool]) -> str | None:
+    """Factors that are not those of ``enabled`` blocks."""
+    down, up, count = shapes.get("down"), shapes.get("up"), sum(enabled)
+    if shapes.keys() != {"down", "up"} or down is None or up is None:
+        return f"{', '.join(shapes)}: the merged-linear layout (enable_lora) has lora_A and lora_B alone"
+    if len(down) != 2 or down[0] != count * up[1] or up[0] % count or any(n != 1 for n in up[2:]):
+        return f"down {list(down)} and up {list(up)} are not those of {count} blocks (enable_lora)"
     return None
 
 
@@ -281,7 +294,9 @@ def _module(path: str, kind: str, tensors: Mapping[str, TensorRef], config: Peft
     if kind in {"loha", "lokr"}:
         shape = _loha_shape(tensors) if kind == "loha" else _lokr_shape(tensors)
         stored = next((tensors[role].shape[0] for role in _RANK_FIRST if role in tensors), rank)
-        options = {} if stored == rank else {"config_rank": rank}
+        options: dict[str, Any] = {} if stored == rank else {"config_rank": rank}
+        if "right" in tensors and len(tensors["right"].shape) == 3:
+            options["padded_kernel"] = True  # PEFT's own way with whole sides of a 1-d convolution
         return Module(kind, tensors, stored, alpha, scaling, shape, options)
     return _lora(path, dict(tensors), config, (rank, alpha, scaling))
 
@@ -302,10 +317,11 @@ def _lora(
     if config.target_parameters and stored != rank and stored % rank == 0 and up[-1:] == down[:1]:
         options["experts"] = stored // rank
         stored = rank
-    enabled = _enabled(config)
-    if enabled and stored == up[1] * sum(enabled):
-        options["blocks"] = sum(enabled)
-        stored, up = up[1], (up[0] * len(enabled) // sum(enabled), *up[1:])
+    if enabled := _enabled(config):  # the same delta as one pair: n times the rank, and so n times the alpha
+        tensors["up"] = unfused(tensors["up"], enabled)
+        count = sum(enabled)
+        rank, alpha, up = rank * count, alpha * count, tensors["up"].shape
+        options |= {"blocks": count} if count > 1 else {}
     if isinstance(config.init, str) and config.init.lower() in {"pissa", "olora"}:
         options["init"] = config.init.lower()
     if "diag" in tensors:

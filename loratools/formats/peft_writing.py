@@ -8,13 +8,14 @@ same.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from loratools.adapter import SAVED_EMBEDDING
+from loratools.adapter import SAVED_EMBEDDING, AdapterConfig
 from loratools.errors import BadConfig, Unsupported
 from loratools.formats.patterns import Names
 from loratools.formats.peft import (
@@ -27,22 +28,25 @@ from loratools.formats.peft import (
     read_peft,
     within,
 )
-from loratools.formats.peft_config import parse_config
+from loratools.formats.peft_config import CONFIG_NAME, parse_config
+from loratools.formats.registry import FORMATS, Written
 from loratools.tensors.base import TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from loratools.adapter import Adapter, Extra, Module
+    from loratools.architectures.base import Architecture
     from loratools.tensors.base import TensorSource, TensorSpec
 
-__all__ = ["write_peft"]
+__all__ = ["write_peft", "written"]
 
 # (kind, role) -> key suffix; of two spellings, the newer.
 _SUFFIXES = {meaning: suffix for suffix, meaning in reversed(ROLES.items())}
 _FAMILIES = {
     "lora": "LORA", "dora": "LORA", "adalora": "ADALORA", "ia3": "IA3", "loha": "LOHA", "lokr": "LOKR",
 }  # fmt: skip
+_DIFFUSION = {one.name for one in FORMATS.values() if one.diffusion}
 # What every PEFT type's configuration has and a change of type leaves true.
 _SHARED = (
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
@@ -53,6 +57,8 @@ _PLAIN: dict[str, Any] = {
     "inference_mode": True, "lora_bias": False, "lora_dropout": 0.0, "modules_to_save": None, "revision": None,
     "task_type": None,
 }  # fmt: skip
+# Fields of the fused layout of PEFT before 0.3, whose factors are written as plain ones.
+_GONE = ("enable_lora", "merge_weights")
 # Fields of variants, and what they are in a plain adapter. Only those that are there are set.
 _VARIANTS: dict[str, Any] = {
     "arrow_config": None, "corda_config": None, "eva_config": None, "kasa_config": None, "loftq_config": {},
@@ -79,6 +85,42 @@ def write_peft(adapter: Adapter) -> tuple[dict[str, TensorRef], dict[str, Any]]:
     tensors |= {_full_key(key): extra.tensor for key, extra in adapter.extras.items()}
     _require_same(adapter, modules, tensors, config)
     return tensors, config
+
+
+def written(adapter: Adapter, architecture: Architecture | None) -> Written:
+    """An adapter of any format as a PEFT folder: of a pipeline, the one component that PEFT can hold.
+
+    Raises:
+        Unsupported: PEFT has no way to say this; no architecture says what its names mean.
+    """
+    from loratools.formats.diffusers import components, denoiser
+    from loratools.formats.keys import Sheet, without_alpha
+
+    sheet = Sheet("peft")
+    if adapter.format != "peft":
+        extras: dict[str, Extra] = {}
+        if architecture is None and adapter.format not in _DIFFUSION:
+            modules = dict(adapter.modules)
+            extras = {key: extra for key, extra in adapter.extras.items() if extra.role == "replacement"}
+        else:
+            found = components(sheet, adapter, architecture)
+            chosen = denoiser(found)
+            modules = found.pop(chosen or "", {})
+            for component, others in found.items():
+                for path, module in others.items():
+                    sheet.lose(
+                        f"{component}.{path}", module, f"a PEFT adapter is of one model, here the {chosen}"
+                    )
+        sheet.carry(replace(adapter, extras={k: e for k, e in adapter.extras.items() if k not in extras}))
+        adapter = replace(
+            adapter, format="peft", modules={path: without_alpha(module) for path, module in modules.items()},
+            extras=extras, tensors=(), refusal=None,
+            config=AdapterConfig(None, adapter.config.base_model, {}),
+        )  # fmt: skip
+    tensors, config = write_peft(adapter)
+    raw = (json.dumps(config, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    metadata = {**sheet.metadata(adapter, architecture), "format": "pt"}
+    return Written({**tensors, **sheet.tensors}, metadata, {CONFIG_NAME: raw}, lost=sheet.lost)
 
 
 def _require_peft(adapter: Adapter) -> None:
@@ -140,7 +182,7 @@ def _lora_config(adapter: Adapter) -> dict[str, Any]:
     config |= _targets(adapter, given)
     config |= _scaling(adapter, config)
     config |= _saved(adapter, given)
-    return dict(sorted(config.items()))
+    return {name: value for name, value in sorted(config.items()) if name not in _GONE}
 
 
 def _variant(adapter: Adapter, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,8 +430,6 @@ def _ends(path: str, name: str) -> bool:
 
 def _paired(modules: Mapping[str, Module], config: Mapping[str, Any]) -> dict[str, Module]:
     """The modules, with the output projections of attentions scaled to the alpha they share with their inputs."""
-    from dataclasses import replace
-
     read = parse_config(config)
     written = dict(modules)
     for path, module in modules.items():
@@ -475,7 +515,7 @@ def _difference(module: Module, read: Module | None) -> str | None:
 
 
 def _meaningful(options: Iterable[str]) -> set[str]:
-    return set(options) - {"config_rank", "parameter"}
+    return set(options) - {"config_rank", "parameter", "blocks"}
 
 
 def _close(wanted: float, got: float | None) -> bool:

@@ -29,10 +29,6 @@ _PROMPTS = {
 }  # fmt: skip
 # Fields that, where they are set, leave an adapter without a meaning as an update of the weights; and the way out.
 _REFUSED_FIELDS = {
-    "enable_lora": (
-        "uses the merged-linear layout of PEFT before 0.3 (enable_lora)",
-        "its blocks must be placed by hand; conversion of it is not in this build",
-    ),
     "alora_invocation_tokens": (
         "is an activated LoRA (aLoRA): it applies to some tokens only",
         "keep it as an adapter",
@@ -77,8 +73,7 @@ def why_refused(
         if init.startswith(start):
             return reason, _BACKBONE if start == "loftq" else _PLAIN
     for name, refusal in _REFUSED_FIELDS.items():
-        value = config.raw.get(name)
-        if any(value) if name == "enable_lora" and isinstance(value, list) else value:
+        if config.raw.get(name):
             return refusal
     bare = next((path for path, m in modules.items() if config.use_dora and m.kind == "lora"), None)
     if bare is not None:

@@ -18,8 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from loratools.dtypes import Array
+    from loratools.tensors.base import Extent
 
-__all__ = ["joined", "permuted", "picked", "reshaped", "sources", "stacked", "transposed"]
+__all__ = [
+    "Gathered",
+    "joined",
+    "permuted",
+    "picked",
+    "placed",
+    "reshaped",
+    "sources",
+    "stacked",
+    "transposed",
+]
 
 _WORDS = {8: "u1", 16: "<u2", 32: "<u4", 64: "<u8"}  # the unsigned integer that carries a value's bits
 
@@ -49,6 +60,22 @@ class _Together:
         import numpy as np
 
         return np.concatenate([part.reshape(-1) for part in parts]).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Matrices at their places in one that is zero elsewhere."""
+
+    corners: tuple[tuple[int, int], ...]  # row and column of each one's first element
+
+    def __call__(self, parts: Sequence[Array], shape: tuple[int, ...]) -> Array:
+        import numpy as np
+
+        whole = np.zeros((shape[0], prod(shape[1:])), parts[0].dtype)  # no bit set: 0.0 in every type
+        for part, (row, column) in zip(parts, self.corners, strict=True):
+            block = part.reshape(part.shape[0], -1)
+            whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        return whole.reshape(shape)
 
 
 class _ViewSource:
@@ -154,6 +181,53 @@ def stacked(refs: Sequence[TensorRef]) -> TensorRef:
         if ref.shape != first.shape or ref.spec.dtype != first.spec.dtype:
             raise ShapeMismatch(ref.name, ref.shape, first.shape)
     return _view(list(refs), (len(refs), *first.shape), _Together())
+
+
+def placed(
+    refs: Sequence[TensorRef], corners: Sequence[tuple[int, int]], shape: tuple[int, ...]
+) -> TensorRef:
+    """Tensors of one type inside a larger one of zeros, all seen as matrices: (first dimension, the others).
+
+    Args:
+        refs: the blocks.
+        corners: the row and column of each one's first element.
+        shape: of the whole.
+
+    Raises:
+        ShapeMismatch: a block sticks out, or is of another type than the first.
+    """
+    first = refs[0]
+    for ref, (row, column) in zip(refs, corners, strict=True):
+        fits = row + ref.shape[0] <= shape[0] and column + prod(ref.shape[1:]) <= prod(shape[1:])
+        if not fits or ref.spec.dtype != first.spec.dtype:
+            raise ShapeMismatch(ref.name, ref.shape, shape)
+    return _view(list(refs), shape, _Placed(tuple(corners)))
+
+
+class Gathered:
+    """Tensors of anywhere, under names of their own, as one source."""
+
+    def __init__(self, refs: Mapping[str, TensorRef], metadata: Mapping[str, str] | None = None) -> None:
+        self.refs = refs
+        self.specs: Mapping[str, TensorSpec] = {name: ref.spec for name, ref in refs.items()}
+        self.metadata: Mapping[str, str] = metadata or {}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        return self.refs[name].source.read(self.refs[name].name, start, stop, out=out)
+
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        return self.refs[name].source.read_bytes(self.refs[name].name, start, stop)
+
+    def extent(self, name: str) -> Extent | None:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        return self.refs[name].source.extent(self.refs[name].name)
+
+    def identity(self) -> tuple[Any, ...]:
+        """See :class:`~loratools.tensors.base.TensorSource`."""
+        found = {id(ref.source): ref.source for ref in self.refs.values()}
+        return ("gathered", *(source.identity() for source in found.values()))
 
 
 def sources(ref: TensorRef) -> Iterator[TensorRef]:

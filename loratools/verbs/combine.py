@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import flat_shape
 from loratools.arrays import check_double
+from loratools.block_weights import block_weights as settle_block_weights
 from loratools.errors import OverBudget
 from loratools.executors.base import make_executor
+from loratools.formats.registry import FORMATS
 from loratools.matrices import module_cost
 from loratools.models import open_base
-from loratools.pairing import pair, require_same_shapes
+from loratools.pairing import named_architecture, pair, require_same_shapes
 from loratools.planning import RUNTIME_BYTES
 from loratools.provenance import record
 from loratools.publishing import require_place
@@ -25,6 +27,7 @@ from loratools.running import default_jobs, gather, peak_memory
 from loratools.verbs.combine_assembly import assemble_modules, make_adapter, name_modules, ratio
 from loratools.verbs.combine_extras import combine_extras, plan_extras
 from loratools.verbs.combine_planning import (
+    block_factors,
     find_warnings,
     list_inputs,
     list_items,
@@ -72,6 +75,8 @@ class CombinePlan:
         output: where the result goes; None for memory.
         dtype: of the floats written.
         force: an output that loratools made may be replaced.
+        to: the format of the result; None for that of the adapters.
+        block_weights: as they were given, for the record.
         warnings: what a careful user should read.
     """
 
@@ -88,6 +93,8 @@ class CombinePlan:
     dtype: str
     force: bool
     warnings: tuple[str, ...]
+    to: str | None = None
+    block_weights: tuple[str, ...] = ()
 
     def rank_of(self, item: Item) -> int:
         """The rank a module of the result has: what is asked for, or the sum of the adapters'."""
@@ -108,7 +115,7 @@ class CombinePlan:
         """The plan in numbers, as ``--dry-run`` prints it."""
         described = describe_save(
             _as_planned(self), self.output or Path("combined"), verb="combine", reads=self.adapters,
-            dtype=self.dtype, force=self.force,
+            format=self.to, arch=self.pairing.architecture or None, dtype=self.dtype, force=self.force,
         )  # fmt: skip
         return {
             **described,
@@ -130,8 +137,11 @@ def plan_combine(
     method: str = "linear",
     rank: int | None = None,
     base: Ref | Mapping[str, Any] | None = None,
+    arch: str | None = None,
+    block_weights: str | Sequence[str] | None = None,
     extras: ExtrasRule = "error",
     dtype: object = None,
+    to: str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
     blockwise_experts: bool = False,
@@ -153,10 +163,11 @@ def plan_combine(
     if output is not None:
         require_place(output, list_inputs(opened, base), force=force)
     model = None if base is None else open_base(base)
-    pairing = pair(opened, model)
+    pairing = pair(opened, model, named_architecture(arch))
     require_deltas(opened, pairing)
     require_same_shapes(pairing)
-    items = list_items(opened, pairing, factors, rank, model)
+    by_block = block_factors(opened, pairing, settle_block_weights(block_weights, len(opened)))
+    items = list_items(opened, pairing, factors, rank, model, by_block)
     planned_extras = plan_extras(pairing.extras, extras, factors)
     require_apart(opened, pairing)
     return CombinePlan(
@@ -176,7 +187,17 @@ def plan_combine(
             *find_warnings(opened, pairing, planned_extras, items, model),
             *raised_warnings(items, rank, dense=settled.get("space") == "weight"),
         ),
+        to=_settled_format(opened[0], pairing, to),
+        block_weights=(block_weights,) if isinstance(block_weights, str) else tuple(block_weights or ()),
     )
+
+
+def _settled_format(first: Adapter, pairing: Pairing, to: str | None) -> str | None:
+    """What is written: what is asked for; under an architecture's names, diffusers' format where the first is not."""
+    if to is not None or not pairing.architecture:
+        return to
+    own = FORMATS.get(first.format)
+    return None if own is not None and own.writer and own.diffusion else "diffusers"
 
 
 def combine(
@@ -187,8 +208,11 @@ def combine(
     method: str = "linear",
     rank: int | None = None,
     base: Ref | Mapping[str, Any] | None = None,
+    arch: str | None = None,
+    block_weights: str | Sequence[str] | None = None,
     extras: ExtrasRule = "error",
     dtype: object = None,
+    to: str | None = None,
     force: bool = False,
     sync: bool = True,
     allow_pickle: bool = False,
@@ -220,9 +244,12 @@ def combine(
         method: one of :data:`loratools.methods.METHODS`.
         rank: of every module of the result; by default what the method gives, for a sum the sum of the ranks.
         base: a model both belong to, where their names alone do not match them.
+        arch: the architecture of that model, such as ``"sdxl"``; by default, what names and shapes say.
+        block_weights: what modules are multiplied by besides, by block or name, as for :func:`loratools.merge`.
         extras: what to do with heads, biases and token rows that several adapters have and differ in: refuse, take the
             first adapter's, or their weighted mean. One that a single adapter has is kept as it is.
         dtype: of the floats written (``"bf16"``, ``torch.bfloat16``); by default the widest that is read.
+        to: the format of the result; by default that of the adapters, and PEFT's where that is only read.
         force: replace an output that loratools made.
         sync: wait for the disk.
         allow_pickle: read ``.bin`` adapters.
@@ -249,8 +276,9 @@ def combine(
     device = check_double(device)
     make_executor(executor, 1)  # a name that does not exist is refused before anything is opened
     planned = plan_combine(
-        adapters, out, weights=weights, method=method, rank=rank, base=base, extras=extras, dtype=dtype, force=force,
-        allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, **options,
+        adapters, out, weights=weights, method=method, rank=rank, base=base, arch=arch,
+        block_weights=block_weights, extras=extras, dtype=dtype,
+        to=to, force=force, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, **options,
     )  # fmt: skip
     return run_combine(
         planned,
@@ -286,8 +314,8 @@ def run_combine(
     written = 0
     if planned.output is not None:
         saved = save(
-            adapter, planned.output, dtype=planned.dtype, force=planned.force, sync=sync,
-            provenance=_provenance(planned),
+            adapter, planned.output, format=planned.to, arch=planned.pairing.architecture or None,
+            dtype=planned.dtype, force=planned.force, sync=sync, provenance=_provenance(planned),
             inputs=list_inputs(planned.adapters, planned.base),
         )  # fmt: skip
         written = saved.bytes
@@ -342,13 +370,15 @@ def _report(
 def _provenance(planned: CombinePlan) -> dict[str, Any]:
     from loratools import __version__
 
-    parameters = {
+    parameters: dict[str, Any] = {
         "method": planned.method.name,
         "options": planned.options,
         "weights": list(planned.weights),
         "rank": planned.rank,
         "dtype": planned.dtype,
     }
+    if planned.block_weights:
+        parameters["block_weights"] = list(planned.block_weights)
     return record("combine", __version__, parameters, [identify_adapter(one) for one in planned.adapters])
 
 

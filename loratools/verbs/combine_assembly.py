@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.adapter import Adapter, AdapterConfig, Extra, Module
+from loratools.formats.registry import is_diffusion
 from loratools.matrices import lora_module
 from loratools.naming import FUSED_EXPERTS
 from loratools.spelling import bare
@@ -56,7 +57,7 @@ def make_adapter(
     return replace(
         first,
         name=name,
-        format="peft",
+        format=first.format if is_diffusion(first.format) else "peft",
         modules=modules,
         config=_config(adapters),
         metadata={},

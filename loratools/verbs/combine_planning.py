@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loratools.adapter import Module
+    from loratools.block_weights import BlockWeights
     from loratools.models import BaseModel
     from loratools.pairing import Pairing
     from loratools.verbs.combine_report import CombinedExtra
 
 __all__ = [
     "Ref",
+    "block_factors",
     "find_warnings",
     "list_inputs",
     "list_items",
@@ -88,8 +90,17 @@ def list_items(
     weights: tuple[float, ...],
     rank: int | None,
     base: BaseModel | None,
+    by_block: Sequence[Mapping[str, float]] = (),
 ) -> tuple[Item, ...]:
     """The modules of the result, each with the adapters' own and their weights.
+
+    Args:
+        adapters: all of them.
+        pairing: of their modules.
+        weights: of the adapters.
+        rank: of the result, if one is asked for.
+        base: the model they belong to, if it is at hand.
+        by_block: for each adapter, what its modules are multiplied by besides; empty for nothing.
 
     Raises:
         Mismatch: a module has another number of experts in another adapter, or is an embedding in one only.
@@ -103,7 +114,9 @@ def list_items(
         modules = tuple(slot for _, slot in having)
         _require_experts(name, [module for _, module in modules])
         tasks = tuple(task for task, _ in having)
-        factors = tuple(weights[task] for task in tasks)
+        factors = tuple(
+            weights[task] * (by_block[task].get(name, 1.0) if by_block else 1.0) for task in tasks
+        )
         kernel = _kernel(name, modules[0][1], base)
         zeros = biased and _takes_bias(modules[0][1])
         items.append(Item(name, modules, tasks, factors, rank, double, kernel, zeros))
@@ -113,6 +126,25 @@ def list_items(
             hint="loratools inspect says what it holds",
         )
     return tuple(items)
+
+
+def block_factors(
+    adapters: tuple[Adapter, ...], pairing: Pairing, given: tuple[BlockWeights, ...]
+) -> list[dict[str, float]]:
+    """For each adapter, what the modules of the result are multiplied by, by block weights.
+
+    Raises:
+        Unsupported: they mean nothing for these modules.
+    """
+    if not given:
+        return []
+    from loratools.canonical import candidates
+
+    family = pairing.architecture or next(iter(candidates(adapters[0])), "")
+    return [
+        one.factors([name for name, slots in pairing.modules.items() if slots[task] is not None], family)
+        for task, one in enumerate(given)
+    ]
 
 
 def _is_biased(pairing: Pairing) -> bool:

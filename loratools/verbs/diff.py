@@ -17,7 +17,7 @@ from loratools.errors import InputError, OverBudget, Unsupported
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
 from loratools.models import BaseModel, open_base
-from loratools.pairing import pair, require_same_shapes
+from loratools.pairing import named_architecture, pair, require_same_shapes
 from loratools.running import default_jobs, gather
 from loratools.verbs.diff_report import ConfigDifference, DiffReport, ModuleDifference, TensorDifference
 from loratools.verbs.diff_work import Compared, Pair, compare_pair
@@ -72,6 +72,7 @@ def diff(
     b: Ref | Mapping[str, Any] | Adapter,
     *,
     base: Ref | Mapping[str, Any] | BaseModel | None = None,
+    arch: str | None = None,
     tolerance: float = 1e-6,
     allow_pickle: bool = False,
     jobs: int | None = None,
@@ -100,6 +101,7 @@ def diff(
         a: a folder, a weight file, or an adapter; the one that errors are relative to.
         b: the other one.
         base: the model both belong to, where their names alone do not match their modules.
+        arch: the architecture of that model, such as ``"sdxl"``; by default, what names and shapes say.
         tolerance: the greatest relative distance that counts as identical.
         allow_pickle: read ``.bin`` adapters.
         jobs: workers; by default the processors at hand, four at most.
@@ -120,13 +122,19 @@ def diff(
     """
     started = time.perf_counter()
     device = check_double(device)
-    planned = plan_diff(_opened(a, allow_pickle), _opened(b, allow_pickle), base=base)
+    planned = plan_diff(_opened(a, allow_pickle), _opened(b, allow_pickle), base=base, arch=arch)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     planned.require_memory(max_memory, workers.jobs)
     return run_diff(planned, workers, tolerance=tolerance, device=device, on_step=on_step, started=started)
 
 
-def plan_diff(a: Adapter, b: Adapter, *, base: Ref | Mapping[str, Any] | BaseModel | None = None) -> DiffPlan:
+def plan_diff(
+    a: Adapter,
+    b: Adapter,
+    *,
+    base: Ref | Mapping[str, Any] | BaseModel | None = None,
+    arch: str | None = None,
+) -> DiffPlan:
     """Match two adapters and decide what to compare with what, from their headers alone.
 
     Raises:
@@ -135,7 +143,7 @@ def plan_diff(a: Adapter, b: Adapter, *, base: Ref | Mapping[str, Any] | BaseMod
     for adapter in (a, b):
         adapter.require_computable()
     model = base if isinstance(base, BaseModel) or base is None else open_base(base)
-    pairing = pair([a, b], model)
+    pairing = pair([a, b], model, named_architecture(arch))
     for name, (one, other) in pairing.modules.items():
         if one is not None and other is not None:
             _require_comparable(name, one[1], other[1])
@@ -317,7 +325,7 @@ def _warnings(
 def _rounded(items: Sequence[Pair], relative: float) -> Iterable[str]:
     """A remark where the distance is what storing one adapter in fewer bits would make."""
     modules = [module for item in items for module in (item.a, item.b) if module is not None]
-    names = {ref.spec.dtype.name for module in modules for ref in module.tensors.values()}
+    names = {ref.spec.dtype.name for module in modules for ref in module.factors.values()}
     coarsest = max(names & _ROUNDINGS.keys(), key=_ROUNDINGS.__getitem__, default=None)
     if coarsest is not None and 0 < relative <= 2 * _ROUNDINGS[coarsest]:
         yield (

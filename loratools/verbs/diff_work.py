@@ -22,6 +22,7 @@ __all__ = ["Compared", "Pair", "compare_pair"]
 
 _CHUNK = 1 << 20  # elements of a tensor that are compared at a time
 _FLOAT32, _FLOAT64 = 4, 8
+_WITHOUT_PRODUCT = {"glora", "oft", "oftv2", "boft", "set"}  # kinds that store no matrix that they add
 _CANCELLED = 2.0**-46  # norm over the sum of its terms' norms: below it, there is only rounding
 
 
@@ -85,7 +86,9 @@ class _Parts:
     """What a module adds, or what stands for it."""
 
     matrices: tuple[LowRank, ...] = ()
-    vectors: tuple[Array, ...] = ()  # one at most: the bias, or ia3's factors
+    vectors: tuple[
+        Array, ...
+    ] = ()  # one at most: the bias, ia3's factors, or all values of what has no product
 
 
 def _parts(name: str, module: Module | None) -> _Parts:
@@ -95,14 +98,28 @@ def _parts(name: str, module: Module | None) -> _Parts:
     if module.kind == "ia3":
         double = module.tensors["scale"].spec.dtype.name == "F64"
         factors = module.array("scale", double).reshape(-1)
-        return _Parts(vectors=(_finite(name, factors - 1, module.tensors["scale"]),))
+        factors = factors if module.options.get("relative") else factors - 1
+        return _Parts(vectors=(_finite(name, factors, module.tensors["scale"]),))
+    if module.kind in _WITHOUT_PRODUCT:
+        return _Parts(vectors=(_stored(name, module),))
     if not module.is_delta:
         tensors = {role: ref for role, ref in module.tensors.items() if role != "magnitude"}
         options = {key: value for key, value in module.options.items() if key != "init"}
-        module = replace(module, kind="lora", tensors=tensors, options=options)
+        kind = "lora" if module.kind == "dora" else module.kind
+        module = replace(module, kind=kind, tensors=tensors, options=options)
     bias = bias_delta(module)
-    found = () if bias is None else (_finite(name, bias, module.tensors["up_bias"]),)
-    return _Parts(matrices(module, name, fold=False), found)
+    if bias is None:
+        return _Parts(matrices(module, name, fold=False))
+    ref = next(module.tensors[role] for role in ("up_bias", "diff_bias") if role in module.tensors)
+    return _Parts(matrices(module, name, fold=False), (_finite(name, bias, ref),))
+
+
+def _stored(name: str, module: Module) -> Array:
+    """Every value of a module one behind the other, by role."""
+    import numpy as np
+
+    refs = [ref for role, ref in sorted(module.tensors.items()) if role != "alpha"]
+    return np.concatenate([_finite(name, ref.load().reshape(-1).astype(np.float64), ref) for ref in refs])
 
 
 def _likeness(name: str, one: _Parts, other: _Parts, device: str) -> Likeness:
@@ -200,7 +217,7 @@ def _finite(name: str, values: Array, ref: TensorRef) -> Array:
 
 def _spread(module: Module) -> int:
     """Bytes of a module's factors as they are computed with."""
-    wide = any(ref.spec.dtype.name == "F64" for ref in module.tensors.values())
+    wide = any(ref.spec.dtype.name == "F64" for ref in module.factors.values())
     count = module.parameters
     if module.kind == "loha":
         count = sum(flat_shape(module.shape)) * (module.rank or 1) ** 2

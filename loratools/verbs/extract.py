@@ -61,6 +61,7 @@ class ExtractPlan:
     svd: Svd
     output: Path | None
     force: bool = False
+    to: str = "peft"
 
     @property
     def items(self) -> tuple[Candidate | Whole, ...]:
@@ -127,6 +128,7 @@ def extract(
     exclude: str | Iterable[str] = (),
     full_tensors: FullTensors = "auto",
     dtype: object = None,
+    to: str = "peft",
     jobs: int | None = None,
     executor: str = "threads",
     device: str = "cpu",
@@ -160,6 +162,7 @@ def extract(
             heads); ``"none"``; or ``"all"``, also what the patterns leave out.
         dtype: of the floats written; by default float32 for factors (float64 where an input is), and its own type for
             what goes along whole.
+        to: the format of the result: ``"peft"``, ``"kohya"``, ``"diffusers"``...
         jobs: workers; by default the processors at hand, four at most.
         executor: ``"threads"``, ``"inline"`` or ``"processes"``.
         device: where the products with the differences are formed: ``"cpu"``, ``"cuda"`` or ``"auto"``.
@@ -182,7 +185,7 @@ def extract(
     make_executor(executor, 1)  # a name that does not exist is refused before anything is opened
     planned = plan_extract(
         base, tuned, out, rank=rank, energy=energy, error=error, noise_floor=noise_floor, svd=svd,
-        include=include, exclude=exclude, full_tensors=full_tensors, force=force,
+        include=include, exclude=exclude, full_tensors=full_tensors, to=to, force=force,
     )  # fmt: skip
     return run_extract(
         planned, dtype=dtype, jobs=jobs, executor=executor, device=device, max_memory=max_memory, sync=sync,
@@ -203,6 +206,7 @@ def plan_extract(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     full_tensors: FullTensors = "auto",
+    to: str = "peft",
     force: bool = False,
 ) -> ExtractPlan:
     """Decide everything that headers decide. Arguments and errors are those of :func:`extract`."""
@@ -214,7 +218,7 @@ def plan_extract(
     if output is not None:
         require_place(output, [model.path for model in models if model.path is not None], force=force)
     found = survey(*models, include=_several(include), exclude=_several(exclude), full_tensors=full_tensors)
-    return ExtractPlan(*models, found, rule, svd, output, force)
+    return ExtractPlan(*models, found, rule, svd, output, force, to)
 
 
 def run_extract(
@@ -251,7 +255,7 @@ def run_extract(
     size = sum(ref.spec.nbytes for ref in adapter.tensors)
     if planned.output is not None:
         size = save(
-            adapter, planned.output, dtype=dtype, force=planned.force, sync=sync,
+            adapter, planned.output, format=planned.to, dtype=dtype, force=planned.force, sync=sync,
             provenance=_provenance(planned, dtype), inputs=_paths(planned),
         ).bytes  # fmt: skip
     _, error, optimality = joint(made.parts)
@@ -325,7 +329,15 @@ def _open(given: Ref | Mapping[str, Any]) -> BaseModel:
             f"{path} is an adapter, not a checkpoint",
             hint="extract takes two checkpoints: loratools extract BASE TUNED OUT",
         )
-    return open_base(given if path is None else path)
+    model = open_base(given if path is None else path)
+    if model.components:
+        raise Unsupported(
+            f"{path} is a pipeline of {len(model.components)} models; an adapter is extracted from one",
+            hint=f"name a component's folder: {path / next(iter(model.components))}"
+            if path is not None
+            else None,
+        )
+    return model
 
 
 def _paths(planned: ExtractPlan) -> list[Path]:

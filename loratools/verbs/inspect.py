@@ -9,12 +9,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loratools.errors import LoratoolsError
 from loratools.formats.opening import open_adapter
+from loratools.formats.reading import DIALECTS
 from loratools.verbs.reports import ExtraInfo, InspectReport, ModuleInfo, Range
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from loratools.adapter import Adapter, Module
 
@@ -30,6 +32,7 @@ def inspect(
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
+    enable_lora: Sequence[bool] | None = None,
     spectrum: bool = False,
     jobs: int | None = None,
 ) -> InspectReport:
@@ -46,6 +49,7 @@ def inspect(
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
         alpha: overrides ``lora_alpha``.
         allow_pickle: read ``.bin`` and ``.pt`` files.
+        enable_lora: which parts of a fused weight a loralib file has factors for.
         spectrum: read the factors too, for norms, ranks and singular values of each module's scaled delta.
         jobs: workers for that; by default the processors at hand, four at most.
 
@@ -59,13 +63,15 @@ def inspect(
         Unsupported: a pickle, without leave to read it; a spectrum of deltas that nothing scales.
         InputError: a factor holds values that are not finite, and the spectrum was asked for.
     """
-    adapter = open_adapter(ref, config=config, alpha=alpha, allow_pickle=allow_pickle)
+    adapter = open_adapter(
+        ref, config=config, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora
+    )
     return with_spectra(report(adapter), adapter, jobs) if spectrum else report(adapter)
 
 
 def report(adapter: Adapter) -> InspectReport:
     """:func:`inspect`, for an adapter that is open already."""
-    modules = adapter.modules.values()
+    modules = tuple(_module(name, module) for name, module in adapter.modules.items())
     specs = [ref.spec for ref in adapter.tensors]
     return InspectReport(
         path=adapter.name,
@@ -79,14 +85,28 @@ def report(adapter: Adapter) -> InspectReport:
         parameters=sum(spec.count for spec in specs),
         bytes=sum(spec.nbytes for spec in specs),
         dtypes=dict(Counter(spec.dtype.name for spec in specs)),
-        modules=tuple(_module(name, module) for name, module in adapter.modules.items()),
+        modules=modules,
         extras=tuple(
             ExtraInfo(key, extra.tensor.shape, extra.tensor.spec.dtype.name, extra.reason)
             for key, extra in adapter.extras.items()
         ),
         metadata=dict(adapter.metadata),
         warnings=tuple(_warnings(adapter)),
+        architecture=_architecture(adapter),
     )
+
+
+def _architecture(adapter: Adapter) -> str | None:
+    """The family of image models an adapter belongs to; None for others, and where several fit."""
+    from loratools.canonical import find_architecture
+
+    if adapter.format not in DIALECTS:
+        return None
+    try:
+        found = find_architecture(adapter)
+    except LoratoolsError:
+        return None
+    return None if found is None else found.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +160,20 @@ def _spectrum(item: _Item) -> dict[str, Any]:
 
 
 def _module(name: str, module: Module) -> ModuleInfo:
-    dtypes = dict.fromkeys(ref.spec.dtype.name for ref in module.tensors.values())
+    """Of a fused weight's blocks, the rank and the alpha of one."""
+    blocks: int = module.options.get("blocks", 1)
+    dtypes = dict.fromkeys(ref.spec.dtype.name for ref in module.factors.values())
     return ModuleInfo(
         name=name,
         kind=module.kind,
-        rank=module.rank,
-        alpha=module.alpha,
+        rank=module.rank // blocks if module.rank else module.rank,
+        alpha=module.alpha / blocks if module.alpha else module.alpha,
         scaling=module.scaling,
         shape=module.shape,
         parameters=module.parameters,
         dtype="+".join(dtypes),
         experts=module.options.get("experts", 1),
-        blocks=module.options.get("blocks", 1),
+        blocks=blocks,
     )
 
 
@@ -179,3 +201,6 @@ def _warnings(adapter: Adapter) -> Iterable[str]:
     unclaimed = sum(extra.role == "unclaimed" for extra in adapter.extras.values())
     if unclaimed and adapter.format == "peft":
         yield f"{unclaimed} of {len(adapter.tensors)} tensors are explained by nothing in the configuration"
+    elif unclaimed and adapter.modules:
+        key, extra = next((key, e) for key, e in adapter.extras.items() if e.role == "unclaimed")
+        yield f"{unclaimed} of {len(adapter.tensors)} tensors belong to no module: {key} ({extra.reason})"

@@ -8,7 +8,7 @@ from loratools.formats.opening import open_adapter
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from loratools.adapter import Adapter
 
@@ -22,6 +22,7 @@ def load(
     alpha: float | None = None,
     allow_pickle: bool = False,
     blockwise_experts: bool = False,
+    enable_lora: Sequence[bool] | None = None,
 ) -> Adapter:
     """Open an adapter: headers and configuration, no values.
 
@@ -33,11 +34,12 @@ def load(
     (2.0, (4, 3))
 
     Args:
-        ref: a folder, a weight file, or a state dict (which needs ``config``).
+        ref: a folder, a weight file, or a state dict (where it is PEFT's, with ``config``).
         config: the configuration, where it does not lie beside the weights: a path, or the parsed JSON.
         alpha: the ``lora_alpha``, where no configuration says it.
         allow_pickle: read ``.bin`` and ``.pt`` files.
         blockwise_experts: read the B of fused experts as expert-slowest (unsloth before 2026-09).
+        enable_lora: which parts of a fused weight a loralib file has factors for, where no configuration says it.
 
     Returns:
         Its modules by name, with rank, alpha, scaling and shape, and every tensor that is not part of one.
@@ -49,5 +51,6 @@ def load(
         Unsupported: a pickle, without leave to read it.
     """
     return open_adapter(
-        ref, config=config, alpha=alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts
-    )
+        ref, config=config, alpha=alpha, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts,
+        enable_lora=enable_lora,
+    )  # fmt: skip

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Adapter
 from loratools.arrays import check_device
-from loratools.checkpoints import edit_config, index_file, shard_names, small_files
+from loratools.block_weights import block_weights as settle_block_weights
+from loratools.checkpoints import component_files, edit_config, index_file, shard_names, small_files
 from loratools.dtypes import compatible
 from loratools.dtypes import dtype as named_dtype
-from loratools.errors import UnknownFormat, Unsupported
+from loratools.errors import ShapeMismatch, UnknownFormat, Unsupported
 from loratools.executors.base import make_executor
+from loratools.formats.gguf import with_base
 from loratools.formats.opening import open_adapter
 from loratools.merging import Conflict, Merged, merge_tensors
 from loratools.models import open_base, require_unquantised
@@ -97,6 +99,8 @@ def plan_merge(
     blockwise_experts: bool = False,
     force: bool = False,
     device: str = "cpu",
+    arch: str | None = None,
+    block_weights: str | Sequence[str] | None = None,
 ) -> MergePlan:
     """Decide everything about a merge from headers alone. Arguments and errors are those of :func:`merge`.
 
@@ -114,15 +118,19 @@ def plan_merge(
     dtype = _dtype_name(dtype)
     model = open_base(base)
     _require_base(model)
+    opened = tuple(with_base(one, model.config) for one in opened)
     output = None if out is None else Path(out)
     if output is not None:
         inputs = [path for path in (model.path, *(Path(a.name) for a in opened)) if path is not None]
         require_place(output, inputs, force=force)
     wanted = None if dtype is None else named_dtype(dtype)
-    merged = merge_tensors(
-        model, opened, factors, dtype=wanted, allow_unmatched=allow_unmatched, on_conflict=on_conflict
-    )
-    provenance = _provenance(model, opened, factors, dtype)
+    if wanted is not None:
+        require_unquantised(model)
+    merged = _merge_tensors(
+        model, opened, factors, dtype=wanted, allow_unmatched=allow_unmatched, on_conflict=on_conflict, arch=arch,
+        block_weights=settle_block_weights(block_weights, len(opened)),
+    )  # fmt: skip
+    provenance = _provenance(model, opened, factors, dtype, block_weights)
     plan, left_out = _lay_out(model, opened, merged, provenance, shard_size, device, in_memory=output is None)
     return MergePlan(model, opened, factors, merged, plan, left_out, output, force, device)
 
@@ -147,6 +155,8 @@ def merge(
     executor: str = "threads",
     device: str = "cpu",
     max_memory: int | None = None,
+    arch: str | None = None,
+    block_weights: str | Sequence[str] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> MergeReport:
     """Merge adapters into a base: W + Σ wᵢ (Uᵢ(W) - W), each update against the original base, rounded once.
@@ -162,8 +172,9 @@ def merge(
     ((4, 3), 1.0)
 
     Args:
-        base: a folder (single or sharded), a safetensors file, or a state dict of numpy arrays or torch tensors.
-        adapters: one or several: PEFT folders or files, or what :func:`loratools.load` returned.
+        base: a folder (single or sharded), a safetensors file, a diffusers pipeline's folder, or a state dict of numpy
+            arrays or torch tensors.
+        adapters: one or several: folders or files of any format, or what :func:`loratools.load` returned.
         out: a folder or file that does not exist yet, of the base's kind; None merges in memory.
         weights: what each adapter is multiplied by; 1 where nothing is given. One number serves one adapter.
         dtype: of the floats written (``"bf16"``, ``torch.bfloat16``); by default each tensor keeps its own.
@@ -182,6 +193,9 @@ def merge(
         device: where low-rank factors are multiplied: ``"cpu"``, ``"cuda"``, ``"mps"`` or ``"auto"``. All else is
             computed on the processor whatever this says.
         max_memory: bytes the plan may need.
+        arch: the architecture of base and adapters, such as ``"sdxl"``, where their names do not tell.
+        block_weights: what modules are multiplied by besides, by block or name: ``"OUTALL"``, ``"1,0,0,..."``,
+            ``"attn2=0.5"``; one for all adapters or one for each (see :mod:`loratools.block_weights`).
         on_step: called after each step, for progress.
 
     Returns:
@@ -200,7 +214,7 @@ def merge(
     planned = plan_merge(
         base, adapters, out, weights=weights, dtype=dtype, shard_size=shard_size, allow_unmatched=allow_unmatched,
         on_conflict=on_conflict, allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, force=force,
-        device=device,
+        device=device, arch=arch, block_weights=block_weights,
     )  # fmt: skip
     return run_merge(
         planned, verify=verify, resume=resume, sync=sync, jobs=jobs, executor=executor, max_memory=max_memory,
@@ -281,11 +295,34 @@ def _require_base(model: BaseModel) -> None:
             f"{model.name} is an adapter, not a base model",
             hint="the base comes first: merge BASE ADAPTER OUT",
         )
-    require_unquantised(model)
+    if not model.components:
+        require_unquantised(model)
+
+
+def _merge_tensors(model: BaseModel, adapters: tuple[Adapter, ...], *given: Any, **options: Any) -> Merged:
+    """:func:`merge_tensors`; of a pipeline, the components that are changed must not be quantised.
+
+    Raises:
+        Unsupported: one is.
+    """
+    try:
+        merged = merge_tensors(model, adapters, *given, **options)
+    except ShapeMismatch:  # codes have shapes of their own
+        require_unquantised(model)
+        raise
+    changed = {name.partition("/")[0] for name, output in merged.outputs.items() if not output.is_copy}
+    for folder, component in model.components.items():
+        if folder in changed:
+            require_unquantised(component)
+    return merged
 
 
 def _provenance(
-    base: BaseModel, adapters: Sequence[Adapter], weights: Sequence[float], dtype: str | None
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    dtype: str | None,
+    block_weights: str | Sequence[str] | None,
 ) -> dict[str, Any]:
     from loratools import __version__
 
@@ -294,7 +331,12 @@ def _provenance(
         path = Path(adapter.name) if adapter.tensors and Path(adapter.name).exists() else None
         source = adapter.tensors[0].source if adapter.tensors else base.source
         inputs.append(identify("adapter", path, source))
-    return record("merge", __version__, {"weights": list(weights), "dtype": dtype}, inputs)
+    parameters: dict[str, Any] = {"weights": list(weights), "dtype": dtype}
+    if block_weights:
+        parameters["block_weights"] = (
+            [block_weights] if isinstance(block_weights, str) else list(block_weights)
+        )
+    return record("merge", __version__, parameters, inputs)
 
 
 def _lay_out(
@@ -309,15 +351,25 @@ def _lay_out(
 ) -> tuple[Plan, tuple[str, ...]]:
     if shard_size is not None and base.kind != "folder":
         raise Unsupported("--shard-size is for folders; the base is a single file")
+    if shard_size is not None and base.components:
+        raise Unsupported("--shard-size is for one model; a pipeline's components keep their files")
     outputs = _into_files(base, merged) if shard_size is None else _into_shards(merged, shard_size)
+    if base.components and in_memory:
+        outputs = {"": list(merged.outputs.values())}
     metadata = {name: _metadata(base, name) for name in outputs}
     text = json.dumps(provenance, indent=2) + "\n"
     small: list[SmallFile] = []
     left_out: tuple[str, ...] = ()
     if base.kind != "folder" and not in_memory:
         metadata = {name: {**found, METADATA_KEY: text} for name, found in metadata.items()}
-    files, steps = plan_steps(outputs, metadata, device)
-    if base.kind == "folder" and not in_memory:
+    kept = {} if in_memory else _kept_headers(base, outputs)
+    files, steps = plan_steps(outputs, metadata, device, kept)
+    if base.components and not in_memory:
+        beside = small_files(base, base.config, None)
+        configs = component_files(base, merged.component_config, outputs, files)
+        small = [*(one for one in beside.files if one.name not in {c.name for c in configs}), *configs]
+        small, left_out = [*small, SmallFile(RECORD_NAME, content=text.encode())], beside.left_out
+    elif base.kind == "folder" and not in_memory:
         config = edit_config(base.config, merged.config) if merged.config else base.config
         resizer = Path(merged.resized.name) if merged.resized is not None else None
         folder = None if resizer is None else resizer if resizer.is_dir() else resizer.parent
@@ -332,6 +384,18 @@ def _lay_out(
     kind = "memory" if in_memory else base.kind
     identity = (base.identity(), *(a.tensors[0].source.identity() for a in adapters if a.tensors))
     return Plan(kind, files, steps, tuple(small), (*identity, text)), left_out
+
+
+def _kept_headers(base: BaseModel, outputs: Mapping[str, list[Output]]) -> dict[str, bytes]:
+    """The first bytes of a pipeline's files that nothing changes: each is copied as it is, to the byte."""
+    if not base.components:
+        return {}
+    shards = base.source.shards  # type: ignore[attr-defined]  # a pipeline's source has them
+    return {
+        name: shards[name].file.read(shards[name].header.data_start, 0)
+        for name, listed in outputs.items()
+        if all(output.is_copy and _is_own(output) for output in listed)
+    }
 
 
 def _metadata(base: BaseModel, file: str) -> Mapping[str, str]:

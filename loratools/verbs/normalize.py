@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Adapter
 from loratools.arrays import check_double
+from loratools.engines.base import engine as find_engine
 from loratools.errors import Unsupported
 from loratools.executors.base import make_executor
 from loratools.formats.opening import open_adapter
@@ -17,6 +18,13 @@ from loratools.provenance import identify, record
 from loratools.publishing import require_place
 from loratools.running import default_jobs, gather
 from loratools.verbs.normalize_assembly import assemble, make_report, require_close
+from loratools.verbs.normalize_engine import (
+    adjust,
+    facts_of_base,
+    require_accepted,
+    require_fixable,
+    whole_unit,
+)
 from loratools.verbs.normalize_planning import (
     HALVES,
     approximates,
@@ -50,6 +58,7 @@ def normalize(
     pad: bool = False,
     engine: str | None = None,
     dtype: object = None,
+    to: str | None = None,
     allow_pickle: bool = False,
     jobs: int | None = None,
     executor: str = "threads",
@@ -82,9 +91,11 @@ def normalize(
             report says by how much.
         pad: one rank for all modules, the largest, the others padded with zeros; without it they keep their ranks,
             under patterns that fit one module each.
-        engine: whose limits to keep to; none is in this build.
+        engine: whose rules to keep to, such as ``"vllm"``: one rank for all modules where it needs that, the names it
+            looks for, no module left out; and what it cannot take is refused by name.
         dtype: of the floats written; by default the widest that is read, and float32 where 16 bits would round what
             is to stay the same.
+        to: the format of the result; by default that of the adapter, and PEFT's where that is only read.
         allow_pickle: read ``.bin`` and ``.pt`` files.
         jobs: workers; by default the processors at hand, four at most.
         executor: ``"threads"``, ``"inline"`` or ``"processes"``.
@@ -99,27 +110,38 @@ def normalize(
 
     Raises:
         InputError: the adapter cannot be read, or holds NaN.
-        Unsupported: it has no plain form: IA3, or a residual without its base.
+        Unsupported: it has no plain form: IA3, or a residual without its base; or the engine would still refuse it, or
+            compute something else.
         Mismatch: the adapter does not fit the base; its ranks contradict its configuration.
         NonFinite: a value overflowed ``dtype``.
         OutputExists: ``out`` exists, or overlaps an input.
         OverBudget: more memory is needed than ``max_memory`` allows.
     """
-    _require_options(rank, engine)
+    _require_rank(rank)
+    target = None if engine is None else find_engine(engine)
+    pad = pad or (target is not None and "pad" in target.plain)
     device = check_double(device)
     wanted = float_dtype(dtype)
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     adapter = ref if isinstance(ref, Adapter) else open_adapter(ref, allow_pickle=allow_pickle)
-    adapter.require_computable()
     model = _open_base(base)
+    if target is not None:
+        require_fixable(target, adapter, facts_of_base(adapter, model), rank=rank, to=to)
+    adapter.require_computable()
     inputs = [] if model is None or model.path is None else [model.path]
     if out is not None:
         require_place(Path(out), [*input_paths(adapter), *inputs], force=force)
     renamed, adapter = mend_names(adapter)
+    if target is not None:
+        changed, adapter = adjust(target, adapter, model)
+        renamed |= changed
     warnings = require_plain(adapter, rank)
     adapter, work = find_work(adapter, model, warnings)
     require_memory(work, max_memory, workers.jobs)
     kind, unit = choose_type(adapter, rank, None if wanted is None else wanted.name)
+    if target is not None:
+        greatest = rank or max((module.rank or 0 for module in adapter.modules.values()), default=0)
+        kind, unit = whole_unit(target, kind, unit, greatest, None if wanted is None else wanted.name)
     plainly = partial(make_plain, rank=rank, device=device)
     results = gather(partial(plainly, dtype=kind, unit=unit), work, workers, on_step=on_step)
     rounded = kind in HALVES and not approximates(adapter, rank) and any(r.distance for r in results)
@@ -128,12 +150,13 @@ def normalize(
         results = gather(partial(plainly, dtype=kind, unit=unit), work, workers)
     if rank is None and kind not in HALVES:
         require_close(results)
-    made, dropped = assemble(adapter, results, kind, unit, pad=pad)
+    made, dropped = assemble(adapter, results, kind, unit, pad=pad, whole=target is not None)
+    answer = None if target is None else require_accepted(target, made, facts_of_base(made, model))
     saved = None
     if out is not None:
         from loratools import __version__
 
-        parameters = {"rank": rank, "pad": pad, "dtype": kind}
+        parameters = {"rank": rank, "pad": pad, "dtype": kind, "for": None if target is None else target.name}
         origins = [identify_adapter(adapter)]
         if model is not None:
             origins.append(identify("base", model.path, model.source))
@@ -141,6 +164,7 @@ def normalize(
         saved = save(
             made,
             out,
+            format=to,
             dtype=wanted,
             force=force,
             sync=sync,
@@ -149,13 +173,18 @@ def normalize(
         )
     return make_report(
         adapter, made, results, dropped, renamed, kind, warnings,
+        engine=answer,
         output=None if out is None else os.fspath(out),
         size=sum(r.spec.nbytes for r in made.tensors) if saved is None else _weights_bytes(Path(saved.path)),
     )  # fmt: skip
 
 
 def _weights_bytes(saved: Path) -> int:
-    return (saved / WEIGHTS_NAME if saved.is_dir() else saved).stat().st_size
+    if saved.is_dir():
+        saved = next(
+            (file for file in saved.iterdir() if file.suffix == ".safetensors"), saved / WEIGHTS_NAME
+        )
+    return saved.stat().st_size
 
 
 def _open_base(base: Ref | Mapping[str, Any] | None) -> BaseModel | None:
@@ -166,11 +195,6 @@ def _open_base(base: Ref | Mapping[str, Any] | None) -> BaseModel | None:
     return model
 
 
-def _require_options(rank: int | None, engine: str | None) -> None:
-    if engine is not None:
-        raise Unsupported(
-            f"normalize for {engine} is not in this build: it knows no engines",
-            hint="leave it out: the result is plain LoRA; pad (--pad) gives every module one rank",
-        )
+def _require_rank(rank: int | None) -> None:
     if rank is not None and (isinstance(rank, bool) or rank < 1):
         raise Unsupported(f"rank {rank} is no rank", hint="1 or more")

@@ -11,6 +11,7 @@ from loratools.adapter import AdapterConfig
 from loratools.dtypes import DTYPES
 from loratools.errors import Unsupported
 from loratools.formats.peft_writing import write_peft
+from loratools.formats.registry import is_diffusion
 from loratools.matrices import lora_module
 from loratools.tensors.base import TensorRef
 from loratools.tensors.memory import MemorySource, from_bytes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from loratools.adapter import Adapter, Module
     from loratools.verbs.normalize_work import Plain
+    from loratools.verbs.reports import EngineAnswer
 
 __all__ = ["TOLERANCE", "assemble", "make_report", "require_close"]
 
@@ -50,10 +52,10 @@ def require_close(results: Sequence[Plain]) -> None:
 
 
 def assemble(
-    adapter: Adapter, results: Sequence[Plain], dtype: str, unit: float, *, pad: bool
+    adapter: Adapter, results: Sequence[Plain], dtype: str, unit: float, *, pad: bool, whole: bool = False
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """The adapter of plain modules, and the names of those that add nothing."""
-    zeros = [r.name for r in results if r.norm == 0.0 and _may_go(r.name, adapter)]
+    """The adapter of plain modules, and the names of those that add nothing; none is left out if ``whole``."""
+    zeros = [r.name for r in results if r.norm == 0.0 and _may_go(r.name, adapter) and not whole]
     if len(zeros) == len(results):
         zeros = []
     kept = [result for result in results if result.name not in zeros]
@@ -67,6 +69,10 @@ def assemble(
         kinds=tuple(sorted({module.kind for module in modules.values()})),
         evidence="normalised", metadata={"format": "pt"}, refusal=None,
     )  # fmt: skip
+    if is_diffusion(made.format):  # which has no configuration; its names are checked when it is written
+        refs = [ref for module in modules.values() for ref in module.tensors.values()]
+        refs += [extra.tensor for extra in extras.values()]
+        return replace(made, metadata=adapter.metadata, tensors=tuple(refs)), tuple(zeros)
     tensors, raw = write_peft(made)
     return replace(made, config=replace(config, raw=raw), tensors=tuple(tensors.values())), tuple(zeros)
 
@@ -88,7 +94,8 @@ def _module(like: Module, result: Plain, rank: int, dtype: str, unit: float) -> 
     made = replace(made, tensors=tensors, scaling=unit, alpha=unit * (made.rank or 0))
     if like.kind == "dora":
         magnitude = {"magnitude": like.tensors["magnitude"]}
-        return replace(made, kind="dora", tensors={**tensors, **magnitude})
+        meant = {key: like.options[key] for key in ("magnitude_axis", "epsilon") if key in like.options}
+        return replace(made, kind="dora", tensors={**tensors, **magnitude}, options={**made.options, **meant})
     return made
 
 
@@ -111,6 +118,7 @@ def make_report(
     dtype: str,
     warnings: list[str],
     *,
+    engine: EngineAnswer | None,
     output: str | None,
     size: int,
 ) -> NormalizeReport:
@@ -147,6 +155,7 @@ def make_report(
         bytes_before=_stored_bytes(before),
         bytes=size,
         warnings=(*before.warnings, *warnings),
+        engine=engine,
         adapter=made,
     )
 

@@ -9,6 +9,7 @@ from loratools.verbs.reports import Range, Report
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
+    from loratools.verbs.reports import EngineAnswer
 
 __all__ = ["ConfigChange", "NormalizeReport", "NormalizedModule"]
 
@@ -69,6 +70,7 @@ class NormalizeReport(Report):
         bytes_before: of the weight file read, or of the tensors where they lie in none.
         bytes: of the weight file written, or of the tensors in memory.
         warnings: what the result still depends on.
+        engine: what the engine it was made for does with it; null where none was named.
         adapter: the result.
     """
 
@@ -87,4 +89,5 @@ class NormalizeReport(Report):
     bytes_before: int
     bytes: int
     warnings: tuple[str, ...]
+    engine: EngineAnswer | None
     adapter: Adapter = field(repr=False, compare=False, metadata={"json": False})

@@ -67,7 +67,8 @@ def _truth(item: Work) -> tuple[LowRank, ...]:
     if item.base is None and module.kind != "dora":
         return matrices(module, item.name, double=True)
     options = {key: value for key, value in module.options.items() if key != "init"}
-    trained = matrices(replace(module, kind="lora", options=options), item.name, double=True)
+    tensors = {role: ref for role, ref in module.tensors.items() if role != "magnitude"}
+    trained = matrices(replace(module, kind="lora", tensors=tensors, options=options), item.name, double=True)
     if item.base is None:
         return trained
     left, right, factor = _initial(item)

@@ -35,7 +35,7 @@ from loratools.verbs.saving import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from loratools.adapter import Module
     from loratools.dtypes import Array
@@ -65,7 +65,9 @@ def reduce(
     alpha: float | None = None,
     allow_pickle: bool = False,
     blockwise_experts: bool = False,
+    enable_lora: Sequence[bool] | None = None,
     dtype: object = None,
+    to: str | None = None,
     force: bool = False,
     sync: bool = True,
     jobs: int | None = None,
@@ -107,7 +109,9 @@ def reduce(
         alpha: the ``lora_alpha``, where no configuration says it.
         allow_pickle: read ``.bin`` and ``.pt`` files.
         blockwise_experts: the experts' B is packed expert-slowest.
+        enable_lora: which parts of a fused weight a loralib file has factors for.
         dtype: of the result (``"bf16"``, ``torch.bfloat16``); by default the widest of the factors'.
+        to: the format of the result; by default that of the adapter, and PEFT's where that is only read.
         force: replace an output that loratools made.
         sync: wait for the disk.
         jobs: workers; by default the processors at hand, four at most.
@@ -131,13 +135,21 @@ def reduce(
     device = check_double(device)
     rule = chosen_rule(rank, energy, error, params, size, noise_floor, per_module)
     task = _prepare(
-        ref, out, rule, dtype, force=force, config=config, alpha=alpha, allow_pickle=allow_pickle,
-        blockwise_experts=blockwise_experts,
+        ref, out, rule, dtype, to=to, force=force, config=config, alpha=alpha, allow_pickle=allow_pickle,
+        blockwise_experts=blockwise_experts, enable_lora=enable_lora,
     )  # fmt: skip
     workers = _workers(task, executor, jobs, max_memory)
     work = _carry_out(task, workers, device, on_step)
     if task.out is not None:
-        save(work.adapter, task.out, force=force, sync=sync, provenance=task.provenance, inputs=task.inputs)
+        save(
+            work.adapter,
+            task.out,
+            format=task.to,
+            force=force,
+            sync=sync,
+            provenance=task.provenance,
+            inputs=task.inputs,
+        )
     return _report(task, work, started, workers)
 
 
@@ -153,6 +165,7 @@ def plan_reduce(
     noise_floor: bool = False,
     per_module: bool | None = None,
     dtype: object = None,
+    to: str | None = None,
     force: bool = False,
     jobs: int | None = None,
     executor: str = "threads",
@@ -167,7 +180,7 @@ def plan_reduce(
     started = time.perf_counter()
     device = check_double(device)
     rule = chosen_rule(rank, energy, error, params, size, noise_floor, per_module)
-    task = _prepare(ref, out, rule, dtype, force=force, **opening)
+    task = _prepare(ref, out, rule, dtype, to=to, force=force, **opening)
     workers = _workers(task, executor, jobs, max_memory)
     work = _carry_out(task, workers, device, None)
     told = _report(task, work, started, workers).to_dict()
@@ -177,6 +190,7 @@ def plan_reduce(
         out,
         verb="reduce",
         reads=[task.adapter],
+        format=task.to,
         force=force,
         provenance=task.provenance,
         inputs=task.inputs,
@@ -193,6 +207,7 @@ def _prepare(
     rule: Rule,
     dtype: object,
     *,
+    to: str | None,
     force: bool,
     **opening: Any,
 ) -> Task:
@@ -207,7 +222,7 @@ def _prepare(
         require_delta(name, module)
     inputs = tuple(Path(one) for one in [ref] if isinstance(one, (str, os.PathLike)))
     chosen = float_dtype(dtype) or named_dtype(widest([adapter]))
-    task = Task(adapter, rule, chosen, None if out is None else Path(out), inputs)
+    task = Task(adapter, rule, chosen, None if out is None else Path(out), inputs, to)
     if task.out is not None:
         require_place(task.out, [*input_paths(adapter), *inputs], force=force)
     return task

@@ -33,6 +33,7 @@ class Task:
         dtype: of the result's factors.
         out: where the result goes; None for memory.
         inputs: paths that were typed for the adapter.
+        to: the format of the result; None for the adapter's own.
     """
 
     adapter: Adapter
@@ -40,6 +41,7 @@ class Task:
     dtype: Dtype
     out: Path | None
     inputs: tuple[Path, ...]
+    to: str | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -178,5 +180,5 @@ def _file_bytes(task: Task, ranks: Mapping[str, int]) -> int:
 
 def written_bytes(task: Task, adapter: Adapter) -> int:
     """How large the weight file of a result is, header and all."""
-    plan, _ = lay_out(adapter, task.out or Path("adapter"), provenance=task.provenance)
+    plan, _ = lay_out(adapter, task.out or Path("adapter"), format=task.to, provenance=task.provenance)
     return sum(file.size for file in plan.files)

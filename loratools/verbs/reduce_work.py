@@ -30,7 +30,7 @@ __all__ = ["Item", "Made", "Outcome", "least_rank", "of_rank", "reduced", "spect
 
 # Roles of a plain LoRA's tensors, and options that leave its two factors what they are.
 _PLAIN_ROLES = {"up", "down", "up_bias"}
-_PLAIN_OPTIONS = {"embedding", "experts", "blockwise", "parameter"}
+_PLAIN_OPTIONS = {"embedding", "experts", "blockwise", "parameter", "blocks"}
 _HALF = 2  # bytes of the types whose rounding is worth measuring: what float32 loses is a ten-millionth
 
 
@@ -100,7 +100,7 @@ def truncated(item: Item, dtype: Dtype, device: str = "cpu") -> Made:
 
 def least_rank(module: Module) -> int:
     """1 where a module must stay because it also adds to a bias; else 0."""
-    return int("up_bias" in module.tensors)
+    return int(module.changes_bias)
 
 
 def _on(deltas: Sequence[LowRank], device: str) -> list[LowRank]:
@@ -167,10 +167,10 @@ def _whole(item: Item) -> list[LowRank] | None:
     A rank that only zeros fill may be cut off them.
     """
     module = item.module
-    plain = module.kind == "lora" and module.tensors.keys() <= _PLAIN_ROLES
+    plain = module.kind == "lora" and module.factors.keys() <= _PLAIN_ROLES
     if not (plain and module.options.keys() <= _PLAIN_OPTIONS and module.scaling and module.rank):
         return None
-    wide = any(ref.spec.dtype.name == "F64" for ref in module.tensors.values())
+    wide = any(ref.spec.dtype.name == "F64" for ref in module.factors.values())
     up, down = (module.array(role, wide) for role in ("up", "down"))
     up, down = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
     count, blockwise = module.options.get("experts", 1), module.options.get("blockwise", False)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "SPECTRAL", "ExtraInfo", "Finding", "InspectReport", "MergeReport", "ModuleInfo", "Range", "Report",
+    "SPECTRAL", "EngineAnswer", "ExtraInfo", "Finding", "InspectReport", "MergeReport", "ModuleInfo", "Range", "Report",
     "SurvivalSummary", "TensorVerdict", "ValidationReport", "VerificationReport", "plain",
 ]  # fmt: skip
 
@@ -56,6 +56,24 @@ class Finding:
     where: str
     message: str
     hint: str | None = None
+    engine: str | None = None  # whose rule it is; None where it holds for every loader
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAnswer:
+    """What an engine would do with an adapter.
+
+    Attributes:
+        name: of the engine.
+        loads: ``yes``, ``no`` or ``unknown``.
+        same_maths: whether it then computes what PEFT computes: ``yes``, ``no`` or ``unknown``.
+        flags: to set when serving.
+    """
+
+    name: str
+    loads: str
+    same_maths: str
+    flags: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +84,14 @@ class ValidationReport(Report):
         ok: no finding counts as an error.
         findings: all of them.
         modules: the names of the modules looked at.
-        engines: what each engine asked about would do; empty in this build.
+        engines: what each engine asked about would do.
     """
 
     path: str
     ok: bool
     findings: tuple[Finding, ...]
     modules: tuple[str, ...]
-    engines: tuple[dict[str, Any], ...] = ()
+    engines: tuple[EngineAnswer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +230,7 @@ class InspectReport(Report):
         extras: every tensor that no module claims, and why it is there.
         metadata: of the weight file.
         warnings: what a careful user should read.
+        architecture: the family of image models whose modules these are, where their names and shapes tell.
         spectrum: whether the singular values were asked for.
     """
 
@@ -230,6 +249,7 @@ class InspectReport(Report):
     extras: tuple[ExtraInfo, ...]
     metadata: dict[str, str]
     warnings: tuple[str, ...]
+    architecture: str | None = None
     spectrum: bool = field(default=False, metadata={"json": False})
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters on disk: a PEFT folder, or one file with its configuration beside it, whole or not at all."""
+"""Adapters on disk, in any format that is written: a folder, or one file with its configuration beside it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,36 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools.canonical import find_architecture
 from loratools.dtypes import compatible
 from loratools.dtypes import dtype as named_dtype
 from loratools.errors import Incomplete, LoratoolsError, OutputExists, Unsupported
 from loratools.executors.base import make_executor
+from loratools.formats.keys import BLANK_HASHES
 from loratools.formats.peft_config import CONFIG_NAME
-from loratools.formats.peft_writing import write_peft
-from loratools.planning import Output, Plan, SmallFile, plan_steps
+from loratools.formats.registry import FORMATS, find_format, is_diffusion
+from loratools.metadata.hashes import file_hashes
+from loratools.planning import Output, OutputFile, Plan, SmallFile, plan_steps
 from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, made_by_loratools, record
-from loratools.publishing import require_place, standing
+from loratools.publishing import disk_errors, require_place, standing
 from loratools.running import run
 from loratools.sinks import FileSink
 from loratools.tensors.base import TensorSpec
 from loratools.tensors.files import sync_folder
 from loratools.tensors.safetensors import SafetensorsFile
+from loratools.tensors.views import Gathered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from loratools.adapter import Adapter
     from loratools.dtypes import Dtype
+    from loratools.formats.registry import Format, Written
+    from loratools.tensors.base import TensorSource
 
 __all__ = [
     "SaveReport",
@@ -38,12 +45,20 @@ __all__ = [
     "identify_adapter",
     "input_paths",
     "lay_out",
+    "lay_out_written",
+    "names_depend",
     "plan_save",
+    "require_nothing_lost",
     "save",
+    "save_written",
+    "settled",
+    "view_written",
     "widest",
+    "write",
 ]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+_NAMED = 3  # keys and reasons spelled out in a message
 _BESIDE = "config_sha256"  # in a single file's record: the configuration that was written beside it
 
 
@@ -70,7 +85,9 @@ def save(
     adapter: Adapter,
     out: str | os.PathLike[str],
     *,
-    format: str = "peft",  # noqa: A002 - what the command line calls it
+    format: str | None = None,  # noqa: A002 - what the command line calls it
+    arch: str | None = None,
+    allow_loss: Iterable[str] = (),
     dtype: object = None,
     force: bool = False,
     sync: bool = True,
@@ -90,8 +107,13 @@ def save(
 
     Args:
         adapter: any; its tensors are read now.
-        out: a folder to make; or, where the name ends in ``.safetensors``, one file, with its configuration beside it.
-        format: ``"peft"``.
+        out: a folder to make; or, where the name ends as the format's weight files do (``.safetensors``), one file,
+            with its configuration beside it.
+        format: ``"peft"``, ``"kohya"``, ``"diffusers"``, ``"comfy"`` or another that is written; by default the
+            adapter's own, and PEFT's where that is only read.
+        arch: the architecture, where the format's names depend on it; by default, what the modules' names and shapes
+            say.
+        allow_loss: what may be left out, by key or module: names, or patterns with ``*``.
         dtype: of the floats written (``"bf16"``, ``torch.bfloat16``); by default each keeps its own.
         force: replace an output that loratools made.
         sync: wait for the disk.
@@ -102,17 +124,109 @@ def save(
     Raises:
         OutputExists: ``out`` exists, or overlaps an input.
         NonFinite: a value does not fit the type it is rounded to.
-        Unsupported: the format cannot express the adapter.
+        Unsupported: the format cannot express the adapter; names what it cannot.
         Incomplete: the disk refused; nothing was published.
     """
     output = Path(out)
-    plan, config = plan_save(
-        adapter, output, format=format, dtype=dtype, force=force, provenance=provenance, inputs=inputs
+    require_place(output, [*input_paths(adapter), *map(Path, inputs)], force=force)
+    format = settled(adapter, format)  # noqa: A001
+    written = write(adapter, format, arch=arch, allow_loss=allow_loss)
+    return save_written(
+        adapter, written, output, format=format, dtype=dtype, force=force, sync=sync, provenance=provenance
     )
-    beside = output.parent / CONFIG_NAME if plan.kind == "file" else None
+
+
+def write(
+    adapter: Adapter,
+    format: str | None = None,  # noqa: A002
+    *,
+    arch: str | None = None,
+    allow_loss: Iterable[str] = (),
+) -> Written:
+    """An adapter in the terms of a format; arguments and errors are those of :func:`save`."""
+    wanted = find_format(settled(adapter, format))
+    architecture = find_architecture(adapter, arch) if names_depend(adapter, wanted) else None
+    written = wanted.write(adapter, architecture)
+    require_nothing_lost(adapter.name, wanted.name, written.lost, allow_loss)
+    return written
+
+
+def settled(adapter: Adapter, format: str | None) -> str:  # noqa: A002
+    """The format to write: the one asked for, the adapter's own, or PEFT's where that is only read."""
+    if format is not None:
+        return find_format(format).name
+    own = FORMATS.get(adapter.format)
+    return own.name if own is not None and own.writer else "peft"
+
+
+def names_depend(adapter: Adapter, wanted: Format) -> bool:
+    """Whether only an architecture tells how the modules are named: in what is written, or in what was read."""
+    return wanted.diffusion or (wanted.name != adapter.format and is_diffusion(adapter.format))
+
+
+def require_nothing_lost(name: str, format: str, lost: Mapping[str, str], allowed: Iterable[str]) -> None:  # noqa: A002
+    """Refuse to leave out what nobody allowed to be left out.
+
+    Raises:
+        Unsupported: names it, with the reason.
+    """
+    patterns = (allowed,) if isinstance(allowed, str) else tuple(allowed)
+    found = {
+        key: why for key, why in lost.items() if not any(fnmatchcase(key, pattern) for pattern in patterns)
+    }
+    if not found:
+        return
+    reasons: dict[str, list[str]] = {}
+    for key, why in found.items():
+        reasons.setdefault(why, []).append(key)
+    listed = [f"{_some(keys)}: {why}" for why, keys in list(reasons.items())[:_NAMED]]
+    more = f"; and {len(reasons) - _NAMED} other reasons" if len(reasons) > _NAMED else ""
+    raise Unsupported(
+        f"{name}: {format} has no place for {'; '.join(listed)}{more}",
+        hint="--allow-loss NAME leaves a key out; NAME may have * in it",
+    )
+
+
+def _some(keys: list[str]) -> str:
+    """The first few of some keys, and how many there are besides."""
+    more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
+    return f"{', '.join(keys[:_NAMED])}{more}"
+
+
+def save_written(
+    adapter: Adapter,
+    written: Written,
+    output: Path,
+    *,
+    format: str,  # noqa: A002
+    dtype: object = None,
+    force: bool = False,
+    sync: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> SaveReport:
+    """Put on disk what :func:`write` returned. Arguments and errors are those of :func:`save`.
+
+    Args:
+        adapter: what was written.
+        written: in the terms of its format.
+        output: a place that is known to be free.
+        format: see there, and so are those that follow.
+        dtype: see there.
+        force: see there.
+        sync: see there.
+        provenance: see there.
+        check: called with the weight file before anything appears under the output's name; what it raises
+            leaves nothing behind.
+    """
+    plan, config = lay_out_written(
+        adapter, written, output, format=format, dtype=dtype, provenance=provenance
+    )
+    beside = output.parent / CONFIG_NAME if plan.kind == "file" and config else None
     if beside is not None:
         _require_no_other_config(beside, output, force=force)
-    sink = FileSink(plan, output, sync=sync, replace=force)
+    sink = _CheckedSink(plan, output, sync=sync, replace=force)
+    sink.check = check
     try:
         run(plan, sink, make_executor("inline", 1), measure="none")
     except BaseException as error:
@@ -131,46 +245,126 @@ def save(
     return SaveReport(str(output), total, tuple(files))
 
 
+def _write_whole(path: Path, content: bytes, *, sync: bool) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _CheckedSink(FileSink):
+    """A sink that shows what it has written before it gives it its name."""
+
+    check: Callable[[Path], None] | None = None
+
+    def publish(self) -> None:
+        """See :class:`~loratools.sinks.FileSink`."""
+        [file] = self.plan.files
+        path = self.part / file.name if self.folder else self.part
+        if self.check is not None:
+            self.check(path)
+        if self.plan.steps:
+            with disk_errors(self.part):
+                _fill_in_hashes(path, sync=self.sync)
+        super().publish()
+
+
+def _fill_in_hashes(path: Path, *, sync: bool) -> None:
+    """State the hashes of what was written, where the adapter that was read stated its own."""
+    file = SafetensorsFile(path)
+    blank = {key: value for key, value in BLANK_HASHES.items() if file.metadata.get(key) == value}
+    if not blank:
+        return
+    true = file_hashes(file, file.metadata, tuple(blank))
+    with path.open("r+b") as written:
+        header = written.read(file.header.data_start)
+        for key, value in blank.items():
+            header = header.replace(f'"{key}":"{value}"'.encode(), f'"{key}":"{true[key]}"'.encode(), 1)
+        written.seek(0)
+        written.write(header)
+        if sync:
+            written.flush()
+            os.fsync(written.fileno())
+
+
 def plan_save(
     adapter: Adapter,
     output: Path,
     *,
-    format: str = "peft",  # noqa: A002
+    format: str | None = None,  # noqa: A002
+    arch: str | None = None,
+    allow_loss: Iterable[str] = (),
     dtype: object = None,
     force: bool = False,
     provenance: Mapping[str, Any] | None = None,
     inputs: Iterable[str | os.PathLike[str]] = (),
 ) -> tuple[Plan, bytes]:
     """What :func:`save` would write, and the configuration's bytes. Arguments and errors are those of :func:`save`."""
-    if format != "peft":
-        raise Unsupported(f"writing {format} is not in this build", hint="it writes peft")
     require_place(output, [*input_paths(adapter), *map(Path, inputs)], force=force)
-    return lay_out(adapter, output, dtype=dtype, provenance=provenance)
+    format = settled(adapter, format)  # noqa: A001
+    written = write(adapter, format, arch=arch, allow_loss=allow_loss)
+    return lay_out_written(adapter, written, output, format=format, dtype=dtype, provenance=provenance)
 
 
 def lay_out(
-    adapter: Adapter, output: Path, *, dtype: object = None, provenance: Mapping[str, Any] | None = None
+    adapter: Adapter,
+    output: Path,
+    *,
+    format: str | None = None,  # noqa: A002
+    arch: str | None = None,
+    dtype: object = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, bytes]:
     """:func:`plan_save` for a place that is known to be free: it looks at nothing on the disk."""
-    tensors, raw = write_peft(adapter)
-    if not tensors:
+    format = settled(adapter, format)  # noqa: A001
+    written = write(adapter, format, arch=arch)
+    return lay_out_written(adapter, written, output, format=format, dtype=dtype, provenance=provenance)
+
+
+def view_written(written: Written, dtype: Dtype | None = None) -> TensorSource:
+    """What a reader would find in the weight file, without one: every float rounded as it would be stored."""
+    from loratools.formats.pairs import as_type
+
+    refs = {}
+    for key, ref in written.tensors.items():
+        spec = _spec(key, ref.spec, dtype)
+        refs[key] = ref if spec == ref.spec else as_type(ref, spec.dtype)
+    said = {key: value for key, value in written.metadata.items() if value != BLANK_HASHES.get(key)}
+    return Gathered(refs, said)
+
+
+def lay_out_written(
+    adapter: Adapter,
+    written: Written,
+    output: Path,
+    *,
+    format: str,  # noqa: A002
+    dtype: object = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> tuple[Plan, bytes]:
+    """The plan of a file or a folder, and the bytes of the configuration that goes with it; empty where none does."""
+    if written.weights in written.files:
+        raw, ending = written.files[written.weights], Path(written.weights).suffix
+        if output.suffix != ending:
+            raise Unsupported(f"{output}: a {format} adapter is one file", hint=f"call it {output}{ending}")
+        return Plan("file", (OutputFile(output.name, raw, len(raw)),), (), (), (str(output),)), b""
+    if not written.tensors:
         raise Unsupported(f"{adapter.name} holds no tensors; there is nothing to write")
-    config = _json(raw)
+    config = written.files.get(CONFIG_NAME, b"")
     wanted = float_dtype(dtype)
-    outputs = [Output(name, _spec(ref.spec, wanted), ref) for name, ref in tensors.items()]
-    made = dict(provenance) if provenance is not None else _saved_from(adapter, wanted)
-    single = output.suffix == ".safetensors"
-    metadata = {**_metadata(adapter), "format": "pt"}
+    outputs = [Output(name, _spec(name, ref.spec, wanted), ref) for name, ref in written.tensors.items()]
+    made = dict(provenance) if provenance is not None else _saved_from(adapter, format, wanted)
+    single = output.suffix == Path(written.weights).suffix
+    metadata = dict(written.metadata)
     if single:
-        made[_BESIDE] = hashlib.sha256(config).hexdigest()
+        if config:
+            made[_BESIDE] = hashlib.sha256(config).hexdigest()
         metadata[METADATA_KEY] = _json(made).decode()
-    name = output.name if single else WEIGHTS_NAME
+    name = output.name if single else written.weights
     files, steps = plan_steps({name: outputs}, {name: metadata})
-    small = (
-        ()
-        if single
-        else (SmallFile(CONFIG_NAME, content=config), SmallFile(RECORD_NAME, content=_json(made)))
-    )
+    beside = [SmallFile(small, content=content) for small, content in written.files.items()]
+    small = () if single else (*beside, SmallFile(RECORD_NAME, content=_json(made)))
     return Plan("file" if single else "folder", files, steps, small, (str(output), config)), config
 
 
@@ -189,7 +383,7 @@ def describe_save(
         out: where.
         verb: whose dry run it is.
         reads: what it is made of; by default, itself.
-        options: ``dtype``, ``force``, ``inputs`` of :func:`save`.
+        options: ``format``, ``arch``, ``allow_loss``, ``dtype``, ``force``, ``inputs`` of :func:`save`.
 
     Raises:
         OutputExists: ``out`` exists, or overlaps an input.
@@ -198,7 +392,7 @@ def describe_save(
     sources = list(reads) or [adapter]
     opened = [one for one in sources if not isinstance(one, (str, os.PathLike))]
     small = [{"name": one.name, "bytes": len(one.read())} for one in plan.small]
-    if plan.kind == "file":
+    if plan.kind == "file" and config:
         small = [{"name": CONFIG_NAME, "bytes": len(config)}]
     files = [*({"name": file.name, "bytes": file.size} for file in plan.files), *small]
     return {
@@ -255,7 +449,7 @@ def widest(adapters: Iterable[Adapter]) -> str:
         ref.spec.dtype.name
         for adapter in adapters
         for module in adapter.modules.values()
-        for ref in module.tensors.values()
+        for ref in module.factors.values()
         if compatible(ref.spec.dtype)
     }
     if len(names) == 1:
@@ -263,18 +457,16 @@ def widest(adapters: Iterable[Adapter]) -> str:
     return "F64" if "F64" in names else "F32"
 
 
-def _spec(stored: TensorSpec, wanted: Dtype | None) -> TensorSpec:
-    return TensorSpec(wanted, stored.shape) if wanted is not None and compatible(stored.dtype) else stored
+def _spec(key: str, stored: TensorSpec, wanted: Dtype | None) -> TensorSpec:
+    if wanted is None or not compatible(stored.dtype) or key.endswith(".alpha"):  # a number, not a weight
+        return stored
+    return TensorSpec(wanted, stored.shape)
 
 
-def _metadata(adapter: Adapter) -> dict[str, str]:
-    return {key: value for key, value in adapter.metadata.items() if key != METADATA_KEY}
-
-
-def _saved_from(adapter: Adapter, dtype: Dtype | None) -> dict[str, Any]:
+def _saved_from(adapter: Adapter, format: str, dtype: Dtype | None) -> dict[str, Any]:  # noqa: A002
     from loratools import __version__
 
-    parameters = {"format": "peft", "dtype": None if dtype is None else dtype.name}
+    parameters = {"format": format, "dtype": None if dtype is None else dtype.name}
     return record("save", __version__, parameters, [identify_adapter(adapter)])
 
 
@@ -320,11 +512,7 @@ def _write_beside(beside: Path, content: bytes, *, sync: bool) -> None:
     """Write whole, then rename: a link under the name is replaced, never written through."""
     part = beside.with_name(f".{beside.name}.{os.getpid()}.part")
     try:
-        with part.open("xb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
+        _write_whole(part, content, sync=sync)
         part.replace(beside)
     except BaseException:
         part.unlink(missing_ok=True)

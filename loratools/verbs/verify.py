@@ -50,6 +50,8 @@ def verify(
     jobs: int | None = None,
     executor: str = "threads",
     device: str = "cpu",
+    arch: str | None = None,
+    block_weights: str | Sequence[str] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> VerificationReport:
     """Compare a merged checkpoint, by whomever it was made, with the arithmetic of the merge.
@@ -76,6 +78,8 @@ def verify(
         jobs: workers; by default the processors at hand, four at most.
         executor: as for :func:`loratools.merge`.
         device: as for :func:`loratools.merge`.
+        arch: as for :func:`loratools.merge`.
+        block_weights: as for :func:`loratools.merge`.
         on_step: called after each step, for progress.
 
     Returns:
@@ -86,7 +90,8 @@ def verify(
     """
     planned = plan_merge(
         base, adapters, weights=weights, allow_unmatched=allow_unmatched, on_conflict=on_conflict,
-        allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, device=device,
+        allow_pickle=allow_pickle, blockwise_experts=blockwise_experts, device=device, arch=arch,
+        block_weights=block_weights,
     )  # fmt: skip
     workers = make_executor(executor, default_jobs() if jobs is None else jobs)
     return verify_merge(planned, merged, workers, on_step=on_step)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from loratools.formats.dialects import BARE
 from loratools.formats.peft import PREFIX, ROLES, broken_modules
-from loratools.formats.recognise import LORA_FORMATS
+from loratools.formats.reading import DIALECTS, NO_ALPHA, broken_groups, metadata_faults
 from loratools.tensors.pickled import SUFFIXES
 from loratools.verbs.checking.subject import error, few, info, warning
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from loratools.verbs.checking.subject import Subject
     from loratools.verbs.reports import Finding
 
-__all__ = ["check_format", "check_siblings", "check_structure"]
+__all__ = ["check_format", "check_siblings", "check_structure", "name_in_key"]
 
 _NAMED = re.compile(
     rf"\.(?:{'|'.join(sorted({k.split('.')[0] for k in ROLES}))})\.(?!weight$|bias$)(?P<name>[^.]+)"
 )
+_LANGUAGE = ("mlx", "gguf", "loralib")
 _TRAINER = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
 _PICKLES = (*SUFFIXES, ".pkl", ".pickle", ".joblib")
 _ZERO3_HINT = "save again with the parameters gathered, as zero3_save_16bit_model does"
@@ -33,22 +35,19 @@ def check_format(subject: Subject) -> Iterator[Finding]:
     if adapter.refusal is None or (subject.config is not None and not _refused_as_a_whole(subject)):
         return
     reason, way_out = adapter.refusal
-    if adapter.format == "bare-peft":
+    if adapter.format == BARE:
         yield error(
             "config-missing", adapter.name,
             "PEFT factors without adapter_config.json: nothing says how they are scaled",
             "put its adapter_config.json beside it, or pass --config",
         )  # fmt: skip
-    elif adapter.format == "peft":
-        yield warning("refused", adapter.name, reason, way_out)
-    elif adapter.format in LORA_FORMATS:
-        yield warning(
-            "format-not-checked", adapter.name,
-            f"a LoRA in format {adapter.format} ({adapter.evidence}); this build checks its values and no more",
-            way_out,
-        )  # fmt: skip
     elif adapter.format in {"unknown", "stripped"}:
         yield error("format-unknown", adapter.name, f"{adapter.kinds[0]}: {adapter.evidence}")
+    elif "is broken" in reason:
+        if adapter.format not in DIALECTS:  # those tell every fault below
+            yield error("factors-broken", adapter.name, reason, way_out)
+    elif adapter.modules or adapter.format in {"peft", *DIALECTS}:
+        yield warning("refused", adapter.name, reason, way_out)
     else:
         yield warning(
             "not-an-adapter", adapter.name,
@@ -79,6 +78,10 @@ def check_structure(subject: Subject) -> Iterator[Finding]:
     yield from _dtypes(subject)
     config = subject.config
     if config is None:
+        if subject.adapter.format in DIALECTS:
+            yield from _dialect(subject)
+        elif subject.adapter.format in _LANGUAGE:
+            yield from _left_over(subject)
         return
     broken = broken_modules(source, config)
     for path, (problem, keys) in broken.items():
@@ -93,6 +96,37 @@ def check_structure(subject: Subject) -> Iterator[Finding]:
             "no-modules", subject.adapter.name,
             f"none of {len(source.specs)} tensors is a factor of a {config.peft_type}"
         )  # fmt: skip
+
+
+def _dialect(subject: Subject) -> Iterator[Finding]:
+    """Modules that cannot be one, keys of no module, and what nothing in the file says."""
+    adapter = subject.adapter
+    faults = metadata_faults(adapter.metadata)
+    if not adapter.modules and not faults and "is broken" not in (adapter.refusal or ("",))[0]:
+        return  # something else that PEFT writes
+    broken = broken_groups(subject.opened.source)
+    for key, (problem, _) in broken.items():
+        hint = _ZERO3_HINT if problem.code == "empty-factor" else None
+        yield error(problem.code, key, problem.text, hint)
+    for fault in faults:
+        yield error("metadata-invalid", adapter.name, fault, "correct the metadata, or remove them")
+    known = {key for _, keys in broken.values() for key in keys}
+    for key, extra in adapter.extras.items():
+        if extra.role == "unclaimed" and key not in known:
+            code = "duplicate-factor" if "under another name" in extra.reason else "unclaimed-key"
+            yield error(code, key, extra.reason, "loaders would leave it out unseen")
+    for text in adapter.warnings:
+        if text.startswith(NO_ALPHA):
+            yield info("alpha-not-stored", adapter.name, text)
+        else:
+            yield warning("names-mixed", adapter.name, text)
+
+
+def _left_over(subject: Subject) -> Iterator[Finding]:
+    """Keys of no module, in formats whose readers say why."""
+    for key, extra in subject.adapter.extras.items():
+        if extra.role == "unclaimed":
+            yield error("unclaimed-key", key, extra.reason, "loaders would leave it out unseen")
 
 
 def _expects_modules(config: PeftConfig) -> bool:
@@ -114,12 +148,22 @@ def _unclaimed(subject: Subject, broken: set[str]) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def name_in_key(key: str) -> str | None:
+    """The adapter's name, where a key carries it.
+
+    >>> name_in_key("base_model.model.fc.lora_A.default.weight"), name_in_key("base_model.model.fc.lora_A.weight")
+    ('default', None)
+    """
+    found = _NAMED.search(key)
+    return None if found is None else found["name"]
+
+
 def _prefixes(subject: Subject) -> Iterator[Finding]:
     """How keys depart from what PEFT writes; all of it is understood."""
     keys = list(subject.opened.source.specs)
     plain = [key for key in keys if not key.startswith(PREFIX)]
     doubled = [key for key in keys if key.startswith(PREFIX * 2)]
-    named = sorted({found["name"] for key in keys if (found := _NAMED.search(key))})
+    named = sorted({name for key in keys if (name := name_in_key(key))})
     if plain:
         code = "prefix-missing" if len(plain) == len(keys) else "prefix-mixed"
         yield info(
@@ -138,13 +182,15 @@ def _prefixes(subject: Subject) -> Iterator[Finding]:
 
 
 def _dtypes(subject: Subject) -> Iterator[Finding]:
-    for name, module in subject.adapter.modules.items():
-        for role, ref in module.tensors.items():
-            if ref.spec.dtype.kind != "float":
-                yield error(
-                    "factor-dtype", ref.name, f"{role} of {name} is {ref.spec.dtype}, expected a float"
-                )
-    names = {ref.spec.dtype.name for m in subject.adapter.modules.values() for ref in m.tensors.values()}
+    factors = [
+        (name, role, ref)
+        for name, module in subject.adapter.modules.items()
+        for role, ref in module.factors.items()
+    ]
+    for name, role, ref in factors:
+        if ref.spec.dtype.kind != "float":
+            yield error("factor-dtype", ref.name, f"{role} of {name} is {ref.spec.dtype}, expected a float")
+    names = {ref.spec.dtype.name for _, _, ref in factors}
     if len(names) > 1:
         yield info(
             "mixed-dtypes", subject.adapter.name, f"factors of several types: {', '.join(sorted(names))}"

@@ -22,7 +22,7 @@ _LARGEST_F16 = 65504.0
 # A module whose factor of one of these roles is all zeros does nothing.
 _FACTORS = {
     "down", "up", "embedding_down", "embedding_up", "first_a", "first_b", "second_a", "second_b", "left", "left_a",
-    "left_b", "right", "right_a", "right_b", "singular",
+    "left_b", "right", "right_a", "right_b", "singular", "mid", "first_core", "second_core", "right_core", "diff",
 }  # fmt: skip
 
 
