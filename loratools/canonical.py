@@ -29,6 +29,7 @@ __all__ = [
     "canonical",
     "exchanged",
     "find_architecture",
+    "fits",
     "hints",
     "part_rows",
     "pick_rows",
@@ -283,12 +284,18 @@ def _within(outer: tuple[int, int] | None, inner: tuple[int, int]) -> tuple[int,
 
 
 def _require_fit(adapter: str, name: str, module: Module, place: Place) -> None:
+    """Refuse what cannot be taken apart by the rows of its weight; a name alone can be changed at any size."""
+    if (len(place.parts) > 1 or place.weight.swapped) and not fits(module, place):
+        raise ShapeMismatch(f"{adapter}: {name}", module.shape, place.shape)
+
+
+def fits(module: Module, place: Place) -> bool:
+    """Whether a module has the shape that its architecture gives its weight, as far as its kind can tell."""
     wanted, shape = place.shape, module.shape
     if module.by_feature or module.kind in {"norm", "set"} or not shape:
-        return
+        return True
     known = 0 not in wanted[1:]
-    if flat_shape(shape)[0] != wanted[0] or (known and flat_shape(shape) != flat_shape(wanted)):
-        raise ShapeMismatch(f"{adapter}: {name}", shape, wanted)
+    return flat_shape(shape)[0] == wanted[0] and (not known or flat_shape(shape) == flat_shape(wanted))
 
 
 def stem(name: str) -> str:

@@ -497,6 +497,9 @@ def test_vectors_have_the_lengths_of_the_convention() -> None:
 
 def test_ratios_come_from_a_preset_or_from_numbers() -> None:
     sd1 = architecture("sd1")
+    for family in VECTORS:
+        for preset, ratio in (("ALL", 1.0), ("none", 0.0), ("ALL0.5", 0.5)):
+            assert set(ratios(architecture(family), preset).values()) == {ratio}
     assert {name for name, ratio in ratios(sd1, "MIDD").items() if not ratio} == {
         "IN01", "IN02", "IN04", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11",
     }  # fmt: skip
@@ -518,7 +521,7 @@ def test_ratios_come_from_a_preset_or_from_numbers() -> None:
 
 def test_ratios_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BadConfig, match="17 ratios, but Stable Diffusion XL has 12 or 20"):
-        ratios(architecture("sdxl"), "ALL")
+        ratios(architecture("sdxl"), "INS")
     with pytest.raises(BadConfig, match="neither numbers nor a preset"):
         ratios(architecture("sdxl"), "0,1,much")
     with pytest.raises(Unsupported, match="Qwen-Image has no block weights"):

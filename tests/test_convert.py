@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import loratools as lt
 from loratools.architectures.base import architecture, architectures
 from loratools.cli.app import app
-from loratools.errors import Mismatch, NonFinite, OutputExists, Unsupported
+from loratools.errors import Mismatch, NonFinite, OutputExists, ShapeMismatch, Unsupported
 from tests.dialects import SD1, kohya_flux, kohya_sd1
 from tests.helpers import make_adapter
 
@@ -190,6 +190,25 @@ def test_an_adapter_of_no_known_model_needs_its_name(tmp_path: Path) -> None:
         lt.convert(folder, to="kohya")
     with pytest.raises(Unsupported, match="no architecture 'sd9' is known"):
         lt.convert(folder, to="kohya", arch="sd9")
+
+
+def test_a_model_of_another_size_is_renamed_with_a_warning_but_never_cut(tmp_path: Path) -> None:
+    def write(name: str, out: int) -> Path:
+        rng = np.random.default_rng(0)
+        up, down = rng.standard_normal((out, 2)).astype("f4"), rng.standard_normal((2, 48)).astype("f4")
+        keys = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        save_file(keys, tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+
+    whole = write("lora_unet_double_blocks_0_img_attn_proj", 48)
+    report = lt.convert(whole, to="diffusers", arch="flux1")
+    (name,) = report.adapter.modules
+    assert name == "transformer.transformer_blocks.0.attn.to_out.0"
+    assert report.relative == 0
+    assert any("1 of 1 modules are of another size" in warning for warning in report.warnings)
+    for name, out in (("double_blocks_0_img_attn_qkv", 144), ("final_layer_adaLN_modulation_1", 96)):
+        with pytest.raises(ShapeMismatch, match=name):
+            lt.convert(write(f"lora_unet_{name}", out), to="diffusers", arch="flux1")
 
 
 def test_the_base_says_the_architecture(sd1: Path, tmp_path: Path) -> None:

@@ -1029,3 +1029,14 @@ def test_parts_of_a_fused_weight_are_said_as_a_list(tmp_path: Path, said: str, k
     assert (result.exit_code == 0) == known, result.output
     if known:
         assert json.loads(result.stdout)["modules"][0]["shape"] == [6 * len(said.split(",")), 8]
+
+
+def test_a_scaled_oft_is_refused_by_its_key() -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{stem}.oft_R.weight": np.zeros((10, 496), "f4"),
+        f"{stem}.oft_R.scaled_oft": np.ones((), "f4"),
+    }
+    adapter = lt.load(tensors)
+    with pytest.raises(Unsupported, match=r"oft_R\.scaled_oft"):
+        adapter.require_computable()

@@ -36,9 +36,10 @@ VECTORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "flux1": (_FLUX,),
     "chroma": (_FLUX,),
 }
+# The same ratio for all blocks, whatever the family.
+_EVEN = {"NONE": 0.0, "ALL": 1.0, "ALL0.5": 0.5}
 PRESETS: dict[str, tuple[float, ...]] = {
-    "NONE": (0,) * 17,
-    "ALL": (1,) * 17,
+    **{name: (ratio,) * 17 for name, ratio in _EVEN.items()},
     "INS": (1, 1, 1, 1, *(0,) * 13),
     "IND": (1, 0, 0, 0, 1, 1, 1, *(0,) * 10),
     "INALL": (*(1,) * 7, *(0,) * 10),
@@ -46,7 +47,6 @@ PRESETS: dict[str, tuple[float, ...]] = {
     "OUTD": (1, *(0,) * 7, *(1,) * 4, *(0,) * 5),
     "OUTS": (1, *(0,) * 11, *(1,) * 5),
     "OUTALL": (1, *(0,) * 7, *(1,) * 9),
-    "ALL0.5": (0.5,) * 17,
     "FLUXALL": (1,) * 61,
 }
 
@@ -102,7 +102,8 @@ def ratios(architecture: Architecture, vector: str) -> dict[str, float]:
         raise Unsupported(
             f"{architecture.title} has no block weights", hint=f"they are known for {', '.join(VECTORS)}"
         )
-    values = _values(vector)
+    even = _EVEN.get(vector.strip().upper())
+    values = _values(vector) if even is None else (even,) * len(known[-1])
     names = next((one for one in known if len(one) == len(values)), None)
     if names is None:
         lengths = " or ".join(str(len(one)) for one in known)

@@ -25,7 +25,6 @@ __all__ = [
     "block_weights",
     "computing",
     "enabling",
-    "not_built",
     "pickles",
     "reading",
     "shared",
@@ -259,21 +258,3 @@ weighting = _chain(
     ),
     pickles,
 )  # fmt: skip
-
-
-def not_built(name: str, *, hint: str, **attributes: Any) -> Callable[[F], F]:
-    """An option of the contract that this build refuses by its name; not listed in --help.
-
-    Args:
-        name: with its dashes.
-        hint: what to do instead.
-        attributes: for :func:`click.option`.
-    """
-
-    def refuse(ctx: click.Context, param: click.Parameter, value: Any) -> None:  # noqa: ARG001
-        if value:
-            raise Unsupported(f"{name} is not in this build", hint=hint)
-
-    return click.option(
-        name, hidden=True, expose_value=False, callback=refuse, help="Not in this build.", **attributes
-    )

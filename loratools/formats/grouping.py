@@ -283,6 +283,11 @@ def _glora(group: Group) -> Made | Problem:
 
 
 def _oft(group: Group) -> Made | Problem:
+    if "scaled" in group.tensors:
+        return Problem(
+            "factors-disagree",
+            f"{group.tensors['scaled'].name}: a scaled OFT of OneTrainer, whose divisor this build does not know",
+        )
     if "packed" in group.tensors:
         if len(group.tensors["packed"].shape) < 2:
             return _flat(group.tensors["packed"])

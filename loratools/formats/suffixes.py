@@ -83,6 +83,7 @@ SUFFIXES: dict[str, Meaning] = {
     ".oft_blocks": Meaning("oft", "blocks"),
     ".oft_diag": Meaning("oft", "diag"),
     ".oft_R.weight": Meaning("oft", "packed"),
+    ".oft_R.scaled_oft": Meaning("oft", "scaled"),
     ".rescale": Meaning("oft", "rescale"),
     ".q_layer.weight": Meaning("tlora", "q_layer"),
     ".p_layer.weight": Meaning("tlora", "p_layer"),

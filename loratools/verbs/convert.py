@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter import Adapter, require_own_rank
 from loratools.architectures.base import architecture as named_architecture
 from loratools.architectures.detect import detect
-from loratools.canonical import find_architecture
+from loratools.canonical import find_architecture, fits, places
 from loratools.deltas.likeness import ratio
 from loratools.errors import Mismatch, NotFound, OverBudget, UnknownFormat, Unsupported
 from loratools.executors.base import make_executor
@@ -80,6 +80,20 @@ class _Task:
     def tolerance(self) -> float:
         """The relative difference that the types explain."""
         return _ROUNDING if self.dtype is None else _ROUNDINGS.get(self.dtype.name, _ROUNDING)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The adapter's own, and that its shapes are not those of the architecture it was taken for."""
+        known = {} if self.architecture is None else places(self.adapter, self.architecture)
+        odd = [name for name, place in known.items() if not fits(self.adapter.modules[name], place)]
+        if not odd or self.architecture is None:
+            return self.adapter.warnings
+        shape = "x".join(map(str, self.adapter.modules[odd[0]].shape))
+        told = (
+            f"{len(odd)} of {len(known)} modules are of another size than in {self.architecture.title} "
+            f"({odd[0]} is {shape}): the names alone were changed"
+        )
+        return (*self.adapter.warnings, told)
 
 
 def convert(
@@ -215,7 +229,7 @@ def plan_convert(
         "to": task.target.name,
         "architecture": None if task.architecture is None else task.architecture.name,
         "lost": [{"name": name, "reason": reason} for name, reason in task.written.lost.items()],
-        "warnings": list(adapter.warnings),
+        "warnings": list(task.warnings),
     }
 
 
@@ -496,7 +510,7 @@ def _report(
         modules=modules,
         lost=tuple(Loss(name, reason) for name, reason in task.written.lost.items()),
         dropped=tuple(key for key in dropped if key not in task.written.tensors),
-        warnings=task.adapter.warnings,
+        warnings=task.warnings,
         bytes=size,
         adapter=back,
     )
