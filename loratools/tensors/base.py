@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from loratools.dtypes import widen
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loratools.dtypes import Array, Dtype
 
-__all__ = ["Extent", "TensorRef", "TensorSource", "TensorSpec", "span"]
+__all__ = ["ByBytes", "Extent", "TensorRef", "TensorSource", "TensorSpec", "span"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,24 @@ class TensorSource(Protocol):
     def identity(self) -> tuple[Any, ...]:
         """What must be unchanged for an interrupted run to go on: paths, sizes, times."""
         ...
+
+
+class ByBytes:
+    """Reading values for a source that knows how to read bytes."""
+
+    specs: Mapping[str, TensorSpec]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
+        """See :class:`TensorSource`."""
+        if out is not None and not out.flags.c_contiguous:
+            raise ValueError(f"{name}: out must be contiguous")
+        raw = self.read_bytes(name, start, stop)
+        values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
+        return values if out is None else out
+
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """See :class:`TensorSource`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.dtypes import DTYPES, widen
+from loratools.dtypes import DTYPES
 from loratools.errors import CorruptFile, Unsupported, quoted
-from loratools.tensors.base import Extent, TensorSpec, span
+from loratools.tensors.base import ByBytes, Extent, TensorSpec, span
 from loratools.tensors.files import File
 from loratools.tensors.header import check_name
 
@@ -68,7 +68,7 @@ def gguf_package() -> ModuleType:
         ) from error
 
 
-class GgufFile:
+class GgufFile(ByBytes):
     """One GGUF file. Shapes are numpy's: the fastest dimension, which GGUF names first, is last.
 
     Attributes:
@@ -93,14 +93,6 @@ class GgufFile:
         self.metadata: Mapping[str, str] = {
             key: str(value) for key, value in self.fields.items() if not key.startswith("GGUF.")
         }
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
-        """See :class:`~loratools.tensors.base.TensorSource`."""
-        if out is not None and not out.flags.c_contiguous:
-            raise ValueError(f"{name}: out must be contiguous")
-        raw = self.read_bytes(name, start, stop)
-        values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
-        return values if out is None else out
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """See :class:`~loratools.tensors.base.TensorSource`."""

@@ -11,9 +11,9 @@ import sys
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from loratools.dtypes import DTYPES, numpy_dtype, unpack_nibbles, widen
+from loratools.dtypes import DTYPES, numpy_dtype, unpack_nibbles
 from loratools.errors import Unsupported
-from loratools.tensors.base import TensorSpec, span
+from loratools.tensors.base import ByBytes, TensorSpec, span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ def is_torch(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-class MemorySource:
+class MemorySource(ByBytes):
     """Tensors in memory, by name.
 
     >>> import numpy as np
@@ -48,14 +48,6 @@ class MemorySource:
         }
         self.ties = _ties(self.tensors)
         self._token = os.urandom(8).hex()
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
-        """See :class:`~loratools.tensors.base.TensorSource`."""
-        if out is not None and not out.flags.c_contiguous:
-            raise ValueError(f"{name}: out must be contiguous")
-        raw = self.read_bytes(name, start, stop)
-        values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
-        return values if out is None else out
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """See :class:`~loratools.tensors.base.TensorSource`."""

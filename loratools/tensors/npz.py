@@ -7,9 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loratools.dtypes import DTYPES, widen
+from loratools.dtypes import DTYPES
 from loratools.errors import CorruptFile, Unsupported, quoted
-from loratools.tensors.base import TensorSpec, span
+from loratools.tensors.base import ByBytes, TensorSpec, span
 from loratools.tensors.files import File
 from loratools.tensors.header import check_name
 
@@ -26,7 +26,7 @@ MAX_ELEMENTS = 1 << 40
 _SUFFIX = ".npy"
 
 
-class NpzFile:
+class NpzFile(ByBytes):
     """A numpy archive: headers are read at once, an array when it is asked for.
 
     Args:
@@ -49,14 +49,6 @@ class NpzFile:
             file.close()
         self.metadata: Mapping[str, str] = {}
         self.specs: Mapping[str, TensorSpec] = self._headers()
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
-        """See :class:`~loratools.tensors.base.TensorSource`."""
-        if out is not None and not out.flags.c_contiguous:
-            raise ValueError(f"{name}: out must be contiguous")
-        raw = self.read_bytes(name, start, stop)
-        values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
-        return values if out is None else out
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """See :class:`~loratools.tensors.base.TensorSource`. Unpacks the whole array each time."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from loratools.dtypes import widen
 from loratools.errors import ShapeMismatch, Unsupported
-from loratools.tensors.base import TensorRef, TensorSpec
+from loratools.tensors.base import ByBytes, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +77,7 @@ class _Placed:
         return whole.reshape(shape)
 
 
-class _ViewSource:
+class _ViewSource(ByBytes):
     """One tensor that is made of others; see :class:`~loratools.tensors.base.TensorSource`."""
 
     def __init__(self, name: str, refs: tuple[TensorRef, ...], spec: TensorSpec, made: Any) -> None:
@@ -86,11 +85,6 @@ class _ViewSource:
         self.metadata: Mapping[str, str] = {}
         self.refs = refs
         self._made = made
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, *, out: Array | None = None) -> Array:
-        raw = self.read_bytes(name, start, stop)
-        values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
-        return values if out is None else out
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         import numpy as np
