@@ -46,6 +46,7 @@ class Sheet:
         lost: see :class:`~loratools.formats.registry.Written`.
         ranks: of each module written, with its alpha, and whether it is a convolution with a larger kernel.
         kinds: of the modules written.
+        spelled: makes the tensors of a module: of its name, the module and the dialect.
     """
 
     dialect: str
@@ -53,6 +54,7 @@ class Sheet:
     lost: dict[str, str] = field(default_factory=dict)
     ranks: dict[str, tuple[ModuleFacts, bool]] = field(default_factory=dict)
     kinds: set[str] = field(default_factory=set)
+    spelled: Callable[[str, Module, str], Mapping[str, TensorRef]] | None = None
 
     def add(self, tensors: Mapping[str, TensorRef]) -> None:
         """Note keys.
@@ -196,7 +198,7 @@ def _write(sheet: Sheet, stem: str | None, name: str, module: Module) -> None:
         sheet.lose(name, module, f"{sheet.dialect} has no names for this part of the model")
         return
     try:
-        sheet.add(lycoris_tensors(stem, module, sheet.dialect))
+        sheet.add((sheet.spelled or lycoris_tensors)(stem, module, sheet.dialect))
         sheet.note(stem, module)
     except Unsupported as error:
         sheet.lose(name, module, str(error))

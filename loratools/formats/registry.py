@@ -116,11 +116,17 @@ FORMATS: dict[str, Format] = _formats(
     Format(
         "gguf", "GGUF of llama.cpp", ("lora",), ("general.type is adapter",), "loratools.formats.gguf:write_gguf",
     ),
-    Format("xlabs", "XLabs x-flux", ("lora",), ("processor.qkv_lora1 keys",), diffusion=True),
-    Format("onetrainer", "OneTrainer", ("lora", "dora"), ("lora_transformer_... keys",), diffusion=True),
+    Format(
+        "xlabs", "XLabs x-flux", ("lora",), ("processor.qkv_lora1 keys",),
+        "loratools.formats.flux_dialects:write_xlabs", diffusion=True,
+    ),
+    Format(
+        "onetrainer", "OneTrainer", (*_LYCORIS, *_WITH_BASE), ("lora_transformer_... keys",),
+        "loratools.formats.onetrainer:write_onetrainer", diffusion=True,
+    ),
     Format(
         "bfl-control", "Black Forest Labs control LoRA", ("lora", "set"), ("double_blocks... with lora_B.bias",),
-        diffusion=True,
+        "loratools.formats.flux_dialects:write_control", diffusion=True,
     ),
     Format("cloneofsimo", "cloneofsimo/lora", ("lora",), ("unet:0:up",), diffusion=True),
     Format("loralib", "loralib and merged-linear", ("lora",), ("lora_A and lora_B without .weight",)),

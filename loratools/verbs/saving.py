@@ -179,7 +179,8 @@ def require_nothing_lost(name: str, format: str, lost: Mapping[str, str], allowe
     reasons: dict[str, list[str]] = {}
     for key, why in found.items():
         reasons.setdefault(why, []).append(key)
-    listed = [f"{_some(keys)}: {why}" for why, keys in list(reasons.items())[:_NAMED]]
+    each = 1 if len(reasons) > 1 else _NAMED
+    listed = [f"{_some(keys, each)}: {why}" for why, keys in list(reasons.items())[:_NAMED]]
     more = f"; and {len(reasons) - _NAMED} other reasons" if len(reasons) > _NAMED else ""
     raise Unsupported(
         f"{name}: {format} has no place for {'; '.join(listed)}{more}",
@@ -187,10 +188,10 @@ def require_nothing_lost(name: str, format: str, lost: Mapping[str, str], allowe
     )
 
 
-def _some(keys: list[str]) -> str:
+def _some(keys: list[str], count: int) -> str:
     """The first few of some keys, and how many there are besides."""
-    more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
-    return f"{', '.join(keys[:_NAMED])}{more}"
+    more = f" and {len(keys) - count:,} more" if len(keys) > count else ""
+    return f"{', '.join(keys[:count])}{more}"
 
 
 def save_written(
