@@ -260,7 +260,7 @@ def test_a_dry_run_touches_nothing_and_foretells_the_bytes(sd1: Path, tmp_path: 
         (("convert", "style.safetensors", "out.safetensors"), 2, "which format to write"),
         (("convert", "style.safetensors", "--to", "comfy"), 2, "where the result goes"),
         (("convert", "style.safetensors", "out", "--to", "cohya"), 2, "is no format"),
-        (("convert", "style.safetensors", "out", "--to", "cloneofsimo"), 2, "is read, not written"),
+        (("convert", "style.safetensors", "out", "--to", "loralib"), 2, "is read, not written"),
         (("convert", "style.safetensors", "out", "--to", "peft"), 3, "peft has no place for"),
         (("convert", "style.safetensors", "out", "--to", "comfy", "--arch", "flux1"), 3, "none of its"),
         (("convert", "style.safetensors", "style.safetensors", "--to", "comfy"), 3, "overlap"),

@@ -129,6 +129,8 @@ def show_conversion(report: ConvertReport, settings: Settings, *, modules: bool 
     count = len(report.modules)
     if report.identical == count:
         difference = "none: every bit of the factors is the same"
+    elif not report.greatest:
+        difference = "none"
     else:
         difference = f"{report.relative:.2e} relative, {report.greatest:.2e} in the module that differs most"
     pairs = [

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from loratools.tensors.base import TensorSource
 
-__all__ = ["numbered_keys"]
+__all__ = ["TARGETS", "numbered_keys", "orders"]
 
 _CLONEOFSIMO = re.compile(r"(?P<component>unet|text_encoder(?:_\d)?):(?P<index>\d+):(?P<role>up|down|alpha)")
 _SAM = re.compile(r"w_(?P<role>[ab])_(?P<index>\d+)")
 _SAM_ROLES = {"a": "down", "b": "up"}
-_UNET_CLASSES = {"CrossAttention", "Attention", "GEGLU"}
-_TEXT_CLASSES = {"CLIPAttention"}
+# The classes of modules that the trainer looks into, as its metadata list them.
+TARGETS = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("CLIPAttention",)}
 _CONTEXTS = (768, 1024)  # of Stable Diffusion 1 and 2
 _TEXT_WIDTHS = (768, 1024)
 # The order in which diffusers registered the blocks: the middle one is made last.
@@ -68,22 +68,22 @@ def _in_turns(source: TensorSource) -> Iterator[tuple[str, Key]]:
 def _of_cloneofsimo(source: TensorSource, parts: Mapping[str, Key]) -> dict[str, str]:
     """Names by the order in which the trainer met the layers, where every shape agrees with it; else the numbers."""
     names = {part.stem: part.stem for part in parts.values()}
-    for component, classes, orders in (
-        ("unet", _UNET_CLASSES, [_unet(context) for context in _CONTEXTS]),
-        (
-            "text_encoder",
-            _TEXT_CLASSES,
-            [_text(width, layers) for width in _TEXT_WIDTHS for layers in (12, 23, 24)],
-        ),
-    ):
+    for component, classes in TARGETS.items():
         count = sum(stem.startswith(f"{component}:") for stem in names)
         shapes = [_shape(source, f"{component}:{i}") for i in range(count)]
-        if not count or not _targets(source.metadata.get(component)) <= classes:
+        if not count or not _targets(source.metadata.get(component)) <= set(classes):
             continue
-        for order in orders:
+        for order in orders(component):
             if [shape for _, shape in order] == shapes:
                 names |= {f"{component}:{i}": f"{component}.{name}" for i, (name, _) in enumerate(order)}
     return names
+
+
+def orders(component: str) -> list[Sequence[tuple[str, tuple[int, int]]]]:
+    """The orders in which the trainer may have met a component's layers: their paths and shapes, by the model."""
+    if component == "unet":
+        return [_unet(context) for context in _CONTEXTS]
+    return [_text(width, layers) for width in _TEXT_WIDTHS for layers in (12, 23, 24)]
 
 
 def _targets(said: str | None) -> set[str]:

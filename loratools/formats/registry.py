@@ -128,7 +128,10 @@ FORMATS: dict[str, Format] = _formats(
         "bfl-control", "Black Forest Labs control LoRA", ("lora", "set"), ("double_blocks... with lora_B.bias",),
         "loratools.formats.flux_dialects:write_control", diffusion=True,
     ),
-    Format("cloneofsimo", "cloneofsimo/lora", ("lora",), ("unet:0:up",), diffusion=True),
+    Format(
+        "cloneofsimo", "cloneofsimo/lora", ("lora",), ("unet:0:up",),
+        "loratools.formats.cloneofsimo:write_cloneofsimo", diffusion=True,
+    ),
     Format("loralib", "loralib and merged-linear", ("lora",), ("lora_A and lora_B without .weight",)),
 )  # fmt: skip
 
