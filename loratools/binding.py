@@ -167,7 +167,8 @@ def _bind_known(adapter: Adapter, layout: Layout, faults: list[tuple[str, Mismat
         if landed:
             bound.append(name)
         for term in landed:
-            terms.setdefault(term.target.weight, []).append(term)
+            with _collected(name, faults):
+                _join(adapter.name, terms, term)
     if adapter.modules and not bound and not faults:
         raise _strange(adapter, layout, None)
     ignored: dict[str, str] = {}
@@ -234,6 +235,32 @@ def _strange(adapter: Adapter, layout: Layout, error: ShapeMismatch | None) -> M
     )
 
 
+def _join(adapter: str, terms: dict[str, list[Term]], term: Term) -> None:
+    """Put a term with the others of its weight.
+
+    Raises:
+        Mismatch: the adapter has the same module under another name.
+    """
+    others = terms.setdefault(term.target.weight, [])
+    for other in others:
+        if other.name != term.name and other.part == term.part and _same_place(other.target, term.target):
+            raise Mismatch(
+                f"{adapter}: {other.name} and {term.name} both change {term.target.weight}",
+                hint="one module under two names; take one of them out of the file",
+            )
+    others.append(term)
+
+
+def _same_place(one: Target, other: Target) -> bool:
+    """Whether two targets in a weight are the same rows and columns of it, read the same way round."""
+    return (one.index, one.rows, one.cols, one.transposed) == (
+        other.index,
+        other.rows,
+        other.cols,
+        other.transposed,
+    )
+
+
 class _Binder:
     """Collects what :func:`bind` finds."""
 
@@ -274,7 +301,7 @@ class _Binder:
         self._bias(name, path, module)
 
     def _add(self, term: Term) -> None:
-        self.terms.setdefault(term.target.weight, []).append(term)
+        _join(self.adapter.name, self.terms, term)
 
     def _bias(self, name: str, path: str, module: Module) -> None:
         bias = f"{path}.bias"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BIASES",
+    "HINTS",
     "Canonical",
     "candidates",
     "canonical",
@@ -49,6 +50,8 @@ _BY_ROW = {
     "ia3": ("scale",),
 }
 BIASES = frozenset({"up_bias", "diff_bias"})
+# Metadata that name the base model.
+HINTS = ("ss_base_model_version", "modelspec.architecture")
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _TO_MERGE = "merge it into a base that stores them as one, and extract a LoRA from the two"
 
@@ -89,7 +92,29 @@ def find_architecture(adapter: Adapter, name: str | None = None) -> Architecture
             f"{adapter.name} could belong to {' or '.join(found.candidates)}",
             hint="--arch says which, or --base with the model",
         )
-    return None if found.architecture is None else find(found.architecture)
+    if found.architecture is None:
+        return None
+    _require_agreement(adapter, found.architecture)
+    return find(found.architecture)
+
+
+def _require_agreement(adapter: Adapter, found: str) -> None:
+    """Refuse to choose between what shapes say and what metadata say, where the names fit both.
+
+    Raises:
+        Mismatch: both are named.
+    """
+    from loratools.architectures.base import called
+
+    said = [name for hint in hints(adapter) for name in called(hint)]
+    if not said or found in said:
+        return
+    other = find(said[0])
+    if all(other.lookup(stem(name)) is not None for name in adapter.modules):
+        raise Mismatch(
+            f"{adapter.name}: its metadata say {other.name}, and the shapes of its modules {found}",
+            hint="--arch says which",
+        )
 
 
 def candidates(adapter: Adapter) -> tuple[str, ...]:
@@ -104,7 +129,7 @@ def candidates(adapter: Adapter) -> tuple[str, ...]:
 
 def hints(adapter: Adapter) -> list[str]:
     """What an adapter's metadata call its base model."""
-    said = (adapter.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
+    said = (adapter.metadata.get(key, "") for key in HINTS)
     return [hint for hint in said if hint]
 
 

@@ -66,12 +66,16 @@ class Survival:
         rows = len(block.before)
         intended = (block.values[:rows] - block.before).reshape(-1)
         actual = (rounded[:rows] - block.before).reshape(-1)
-        if not math.isfinite(float(np.dot(actual, actual))):  # a NaN of the base would hide all the others
+        wanted, got = float(np.dot(intended, intended)), float(np.dot(actual, actual))
+        if not math.isfinite(
+            wanted + got
+        ):  # a NaN of the base would hide all the others; float32 squares overflow
             finite = np.isfinite(intended) & np.isfinite(actual)
-            intended, actual = intended[finite], actual[finite]
+            intended, actual = (values[finite].astype(np.float64) for values in (intended, actual))
+            wanted, got = float(np.dot(intended, intended)), float(np.dot(actual, actual))
         self.product += float(np.dot(actual, intended))
-        self.intended += float(np.dot(intended, intended))
-        self.actual += float(np.dot(actual, actual))
+        self.intended += wanted
+        self.actual += got
         self.unchanged += int(actual.size - np.count_nonzero(actual))
         self.count += actual.size
 

@@ -174,4 +174,6 @@ def test_a_survival_that_is_not_a_number_is_not_a_percentage():
     from loratools.verbs.reports import SurvivalSummary
 
     nan = float("nan")
-    assert "%" not in _survival(SurvivalSummary(nan, nan, "q", nan, 0.0))
+    told = _survival(SurvivalSummary(nan, nan, "q", nan, 0.0))
+    assert "%" not in told
+    assert "overflow" in told

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools.architectures.base import architecture, architectures
 from loratools.cli.app import app
-from loratools.errors import Mismatch, NonFinite, OutputExists, ShapeMismatch, Unsupported
+from loratools.errors import Mismatch, NonFinite, OutputExists, ShapeMismatch, UnmatchedModules, Unsupported
 from tests.dialects import SD1, kohya_flux, kohya_sd1
 from tests.helpers import make_adapter
 
@@ -89,10 +90,146 @@ def test_hashes_that_a_file_states_are_those_of_its_new_bytes(tmp_path: Path) ->
     assert len(found["sshs_legacy_hash"]) == 8
     assert found["sshs_legacy_hash"] not in {"b" * 8, "0" * 8}
     assert (found["ss_tag_frequency"], found["modelspec.title"]) == ("{}", "Ink")
-    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", "1")
+    assert found["ss_network_dim"] == "2"
+    assert not found.keys() & {"ss_network_module", "ss_network_alpha", "ss_base_model_version"}
     assert report.bytes == len(raw)
     in_memory = lt.convert(tmp_path / "style.safetensors", to="diffusers").adapter
     assert not stated.keys() & in_memory.metadata.keys()
+
+
+def converted(tmp_path: Path, said: dict[str, str], to: str = "kohya", **options: Any) -> dict[str, str]:
+    """What a file of Stable Diffusion 1 that says so says when it is converted."""
+    save_file(kohya_sd1(), tmp_path / "in.safetensors", metadata=said or None)
+    return metadata_of(
+        lt.convert(tmp_path / "in.safetensors", tmp_path / f"{to}.safetensors", to=to, sync=False, **options)
+    )
+
+
+def metadata_of(report: Any) -> dict[str, str]:
+    """Of a file that was written, without the record of what made it."""
+    with safe_open(report.output, "numpy") as file:
+        return {key: value for key, value in file.metadata().items() if key != "loratools"}
+
+
+MINIMAL = {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "1"}
+BLOCK = {
+    "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-v1/lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models", "modelspec.title": "Ink",
+    "modelspec.resolution": "512x512",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {**MINIMAL, "ss_base_model_version": "sd_v1_5_custom", "ss_v2": "False"},
+        {"ss_network_module": "networks.lora_fa"},
+        {"ss_network_module": "networks.dylora", "ss_network_args": '{"unit":"4"}', "ss_network_dim": "2"},
+        {"ss_network_alpha": "1.0", "modelspec.architecture": "stable-diffusion-v1-inpainting/lora"},
+        {**MINIMAL, **BLOCK},
+    ],
+)
+def test_what_a_file_says_that_is_still_true_stays_as_it_is(said: dict[str, str], tmp_path: Path) -> None:
+    assert converted(tmp_path, said) == said
+    (tmp_path / "in.safetensors").unlink()
+    apart = {key: value for key, value in said.items() if not key.startswith("ss_network_")}
+    assert converted(tmp_path, said, "comfy") == apart
+    there = converted(tmp_path, said, "diffusers")
+    assert {
+        key: value for key, value in there.items() if key not in {"format", "lora_adapter_metadata"}
+    } == apart
+
+
+def test_a_file_that_names_no_model_is_not_given_one(tmp_path: Path) -> None:
+    assert converted(tmp_path, {}) == MINIMAL
+    assert converted(tmp_path, {}, "comfy") == {}
+    assert converted(tmp_path, {}, "diffusers").keys() == {"format", "lora_adapter_metadata"}
+    back = lt.convert(tmp_path / "diffusers.safetensors", tmp_path / "b.safetensors", to="kohya", sync=False)
+    assert metadata_of(back) == MINIMAL
+
+
+def test_a_model_that_the_user_names_is_written_where_kohyas_tools_look(tmp_path: Path) -> None:
+    named = {**MINIMAL, "ss_base_model_version": "sd_v1"}
+    assert converted(tmp_path, {}, arch="sd1") == named
+    lt.load(tmp_path / "in.safetensors").save(tmp_path / "saved.safetensors", arch="sd1", sync=False)
+    with safe_open(tmp_path / "saved.safetensors", "numpy") as file:
+        assert file.metadata()["ss_base_model_version"] == "sd_v1"
+    (tmp_path / "kohya.safetensors").unlink()
+    assert converted(tmp_path, {"ss_base_model_version": "mine"}, arch="sd1") == {
+        **MINIMAL, "ss_base_model_version": "mine",
+    }  # fmt: skip
+
+
+def test_a_model_that_metadata_name_in_other_words_is_written_too(tmp_path: Path) -> None:
+    converted(tmp_path, BLOCK, "diffusers")
+    back = lt.convert(tmp_path / "diffusers.safetensors", tmp_path / "b.safetensors", to="kohya", sync=False)
+    assert metadata_of(back) == {**MINIMAL, **BLOCK, "ss_base_model_version": "sd_v1"}
+
+
+def test_only_the_name_of_another_model_is_corrected(tmp_path: Path) -> None:
+    wrong = {**BLOCK, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    assert converted(tmp_path, {**wrong, **MINIMAL, "ss_base_model_version": "flux1"}) == {
+        **BLOCK, **MINIMAL, "ss_base_model_version": "sd_v1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["flux-1-schnell/lora", "flux-1-dev/lora"])
+def test_flux_keeps_its_variant_and_has_a_trainer_of_its_own(name: str, tmp_path: Path) -> None:
+    save_file(kohya_flux(), tmp_path / "f.safetensors", metadata={"modelspec.architecture": name})
+    there = lt.convert(tmp_path / "f.safetensors", tmp_path / "d.safetensors", to="diffusers", sync=False)
+    back = metadata_of(lt.convert(there.output, tmp_path / "k.safetensors", to="kohya", sync=False))
+    assert (back["modelspec.architecture"], back["ss_base_model_version"]) == (name, "flux1")
+    assert back["ss_network_module"] == "networks.lora_flux"
+    assert "modelspec.sai_model_spec" not in back
+
+
+def test_reducing_leaves_what_is_true_and_corrects_the_rank(tmp_path: Path) -> None:
+    said = {
+        "ss_network_module": "lycoris.kohya", "ss_network_dim": "2", "ss_base_model_version": "sd_v1_5_custom",
+        "ss_network_args": '{"algo": "locon", "preset": "full"}', "ss_network_alpha": "1.0",
+    }  # fmt: skip
+    save_file(kohya_sd1(), tmp_path / "in.safetensors", metadata=said)
+    report = lt.reduce(tmp_path / "in.safetensors", tmp_path / "out.safetensors", rank=1, sync=False)
+    found = metadata_of(report)
+    alphas = {float(v) for k, v in load_file(tmp_path / "out.safetensors").items() if k.endswith(".alpha")}
+    assert {**found, "ss_network_alpha": ""} == {**said, "ss_network_dim": "1", "ss_network_alpha": ""}
+    assert {float(found["ss_network_alpha"])} == alphas
+
+
+@pytest.mark.parametrize("kinds", [{"loha"}, {"loha", "lora"}, {"full"}, {"lora", "full"}, {"norm"}])
+def test_what_only_lycoris_makes_is_said_to_be_its(kinds: set[str], tmp_path: Path) -> None:
+    made = {
+        "lora": {"lora_down.weight": (2, 320), "lora_up.weight": (320, 2), "alpha": ()}, "full": {"diff": (320, 320)},
+        "loha": {f"hada_w{i}_{leg}": (320, 2) if leg == "a" else (2, 320) for i in (1, 2) for leg in "ab"},
+        "norm": {"w_norm": (320,)},
+    }  # fmt: skip
+    where = {"loha": "attn1_to_q", "lora": "attn1_to_k", "full": "attn1_to_v", "norm": "norm1"}
+    stem, seeded = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0", np.random.default_rng(0)
+    tensors = {
+        f"{stem}_{where[kind]}.{suffix}": seeded.random(shape, np.float32) if shape else np.array(1, np.float32)
+        for kind in kinds for suffix, shape in made[kind].items()
+    }  # fmt: skip
+    if "loha" in kinds:
+        tensors[f"{stem}_attn1_to_q.alpha"] = np.array(1, np.float32)
+    save_file(tensors, tmp_path / "in.safetensors")
+    found = metadata_of(
+        lt.convert(tmp_path / "in.safetensors", tmp_path / "k.safetensors", to="kohya", sync=False)
+    )
+    assert found["ss_network_module"] == "lycoris.kohya"
+    algo = json.loads(found.get("ss_network_args", "{}")).get("algo")
+    alone = {"loha": "loha", "full": "full", "norm": None}
+    assert algo == ("locon" if kinds == {"lora", "full"} else alone[min(kinds)] if len(kinds) == 1 else None)
+    assert ("ss_network_dim" in found) == bool(kinds & {"lora", "loha"})
+
+
+def test_where_the_model_is_uncertain_nothing_says_which_trainer_it_was(tmp_path: Path) -> None:
+    tensors = {}
+    for name, out in (("double_blocks_0_img_attn_qkv", 9216), ("single_blocks_37_linear1", 21504)):
+        tensors[f"lora_unet_{name}.lora_down.weight"] = np.ones((1, 3072), np.float32)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = np.ones((out, 1), np.float32)
+    save_file(tensors, tmp_path / "in.safetensors")
+    found = metadata_of(lt.normalize(tmp_path / "in.safetensors", tmp_path / "out.safetensors", sync=False))
+    assert found == {"ss_network_dim": "1", "ss_network_alpha": "1"}
 
 
 def test_in_memory_nothing_is_written_and_the_result_can_be_saved(sd1: Path, tmp_path: Path) -> None:
@@ -121,6 +258,58 @@ def test_a_peft_folder_of_the_denoiser(sd1: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     back = lt.convert(tmp_path / "peft", to="kohya")
     assert back.relative == 0.0
+
+
+@pytest.mark.parametrize(("form", "reason"), [
+    ("diffusers", "diffusers has one LoraConfig for a component: DoRA and LoRA cannot be mixed in it"),
+    ("peft", "a PEFT adapter has one LoraConfig: DoRA and LoRA cannot be mixed in it"),
+])  # fmt: skip
+@pytest.mark.parametrize("decomposed", [1, 3])
+def test_dora_beside_lora_is_lost_by_leave(form: str, reason: str, decomposed: int, tmp_path: Path) -> None:
+    """Whichever there is less of, under its keys in the file; what is left is the plain rest, or all DoRA."""
+    tensors = kohya_sd1(np.float32)
+    unet = list(dict.fromkeys(key.partition(".")[0] for key in tensors if key.startswith("lora_unet_")))
+    assert len(unet) == 4
+    for stem in unet[:decomposed]:
+        rows = tensors[f"{stem}.lora_up.weight"].shape[0]
+        tensors[f"{stem}.dora_scale"] = np.ones((rows, 1), np.float32)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    lost = unet[:1] if decomposed == 1 else unet[3:]
+    allowed = [f"{lost[0]}.*", *(["lora_te_*"] if form == "peft" else [])]
+    with pytest.raises(Unsupported, match=f"{lost[0]}.*{reason}"):
+        lt.convert(tmp_path / "mixed.safetensors", to=form, allow_loss=allowed[1:])
+    report = lt.convert(tmp_path / "mixed.safetensors", to=form, allow_loss=allowed)
+    mine = {loss.name: loss.reason for loss in report.lost if loss.name.startswith("lora_unet")}
+    assert mine == {key: reason for key in tensors if key.startswith(f"{lost[0]}.")}
+    kinds = {module.kind for name, module in report.adapter.modules.items() if "text" not in name}
+    assert kinds == ({"lora"} if decomposed == 1 else {"dora"})
+    assert report.relative == 0.0
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_what_multiplies_the_weight_says_so(form: str, tmp_path: Path) -> None:
+    tensors = {key: values for key, values in kohya_sd1(np.float32).items() if key.startswith("lora_unet")}
+    stem = next(iter(tensors)).partition(".")[0]
+    rows = tensors[f"{stem}.lora_up.weight"].shape[0]
+    tensors = {key: values for key, values in tensors.items() if not key.startswith(f"{stem}.")}
+    tensors |= {f"{stem}.weight": np.ones(rows, np.float32), f"{stem}.on_input": np.array(False)}
+    save_file(tensors, tmp_path / "scaled.safetensors", metadata={"ss_base_model_version": "sd_v1"})
+    with pytest.raises(Unsupported, match=f"{stem}.*it multiplies the weight: it has no form as two factors"):
+        lt.convert(tmp_path / "scaled.safetensors", to=form)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_said(kind: Any, value: float, tmp_path: Path) -> None:
+    tensors = kohya_sd1(kind)
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    save_file(tensors, tmp_path / "sound.safetensors")
+    assert not lt.convert(tmp_path / "sound.safetensors", to="diffusers").warnings
+    tensors[key].flat[-1] = value
+    save_file(tensors, tmp_path / "broken.safetensors")
+    report = lt.convert(tmp_path / "broken.safetensors", to="diffusers")
+    assert report.identical == len(SD1)
+    assert [text for text in report.warnings if f"{key} holds values that are not finite" in text]
 
 
 def test_a_difference_is_an_error_and_leaves_nothing(
@@ -297,9 +486,8 @@ def language_model(folder: Path) -> Path:
     (folder / "base").mkdir()
     fields = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
     (folder / "base" / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 2}))
-    save_file(
-        {"model.embed_tokens.weight": np.zeros((8, 64), np.float32)}, folder / "base" / "model.safetensors"
-    )
+    weights = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in named.items()}
+    save_file(weights, folder / "base" / "model.safetensors")
     return make_adapter(folder / "llm", named)
 
 
@@ -334,6 +522,71 @@ def test_adapters_of_language_models_come_back_from_other_runtimes(
     assert all(np.array_equal(before[key], after[key]) for key in before)
     again = lt.convert(folder, out, to=to, base=tmp_path / "base", force=True, sync=False)
     assert again.relative == 0.0
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "base" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("to", ["mlx", "gguf", "peft"])
+@pytest.mark.parametrize("change", ["size", "layers"])
+def test_an_adapter_of_another_base_is_refused(change: str, to: str, tmp_path: Path) -> None:
+    folder, weights = language_model(tmp_path), tmp_path / "base" / "model.safetensors"
+    values = load_file(weights)
+    if change == "size":
+        values = {key: np.zeros([2 * n for n in value.shape], np.float32) for key, value in values.items()}
+    else:
+        values = {key: value for key, value in values.items() if ".layers.1." not in key}
+    save_file(values, weights)
+    with pytest.raises(Mismatch, match=r"model\.layers\.") as raised:
+        lt.convert(folder, tmp_path / f"out.{to}", to=to, base=tmp_path / "base")
+    assert isinstance(raised.value, ShapeMismatch if change == "size" else UnmatchedModules)
+    assert "up_proj" in str(raised.value)
+    assert not (tmp_path / f"out.{to}").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [("hidden_size", 96, ShapeMismatch), ("num_hidden_layers", 1, UnmatchedModules)],
+)
+@pytest.mark.parametrize("to", ["mlx", "gguf"])
+def test_a_configuration_alone_tells_another_base(
+    field: str, value: int, kind: type[Exception], to: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf", reason="the gguf package writes it")
+    folder, place = language_model(tmp_path), tmp_path / "base" / "config.json"
+    without_weights(tmp_path)
+    assert lt.convert(folder, to=to, base=tmp_path / "base").identical == 6
+    place.write_text(json.dumps({**json.loads(place.read_text()), field: value}))
+    with pytest.raises(kind, match=r"model\.layers\."):
+        lt.convert(folder, to=to, base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("to", ["mlx", "gguf", "peft"])
+def test_an_architecture_that_is_not_known_is_refused_where_none_is_needed(to: str, tmp_path: Path) -> None:
+    folder = language_model(tmp_path)
+    with pytest.raises(Unsupported, match="nonsense"):
+        lt.convert(folder, to=to, arch="nonsense", base=tmp_path / "base")
+    with pytest.raises(Unsupported, match="nonsense"):
+        lt.load(folder).save(tmp_path / "out", format=to, arch="nonsense")
+
+
+@pytest.mark.parametrize("verb", ["normalize", "combine"])
+def test_the_base_of_other_verbs_is_that_of_gguf(verb: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the gguf package writes and reads it")
+    folder, base, out = language_model(tmp_path), tmp_path / "base", tmp_path / "out.gguf"
+    if verb == "normalize":
+        lt.normalize(folder, out, to="gguf", base=base, sync=False)
+    else:
+        lt.combine([folder, folder], out, weights=[0.5, 0.5], to="gguf", base=base, sync=False)
+    assert lt.diff(folder, out).relative < 1e-6
+
+
+def test_a_verb_without_a_base_names_the_way_to_gguf(tmp_path: Path) -> None:
+    folder = language_model(tmp_path)
+    with pytest.raises(Unsupported, match="family") as raised:
+        lt.reduce(folder, tmp_path / "out.gguf", rank=1, to="gguf")
+    assert "loratools convert OUT x.gguf --to gguf --base BASE" in str(raised.value.hint)
 
 
 def kohya_of(name: str) -> dict[str, np.ndarray]:

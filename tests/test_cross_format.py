@@ -278,3 +278,78 @@ def test_the_commands_take_an_architecture(tmp_path: Path) -> None:
     stem = ATTENTION.format(1, 2, "k")
     found = load_file(out)
     np.testing.assert_allclose(delta(found, stem), 2 * delta(sd1_kohya(), stem), rtol=1e-3, atol=1e-4)
+
+
+def ambiguous(seed: int = 0) -> Arrays:
+    """Names and sizes that Flux, Chroma and HunyuanVideo share."""
+    return {
+        **factors("lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072, seed=seed),
+        **factors("lora_unet_single_blocks_3_linear1", 21504, 3072, seed=seed),
+    }
+
+
+def test_in_its_own_dialect_an_adapter_needs_no_architecture(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.safetensors", ambiguous())
+    with pytest.raises(Mismatch, match="could belong to"):
+        lt.convert(path, to="diffusers")
+    lt.reduce(path, tmp_path / "reduced.safetensors", rank=1)
+    stems = {name.partition(".")[0] for name in ambiguous()}
+    assert {name.partition(".")[0] for name in load_file(tmp_path / "reduced.safetensors")} == stems
+    assert lt.diff(path, tmp_path / "reduced.safetensors").relative < 1
+    assert lt.convert(path, to="kohya").relative == 0
+    lt.combine([path, path], out=tmp_path / "both.safetensors", weights=[0.5, 0.5])
+    assert {name.partition(".")[0] for name in load_file(tmp_path / "both.safetensors")} == stems
+    assert lt.diff(path, tmp_path / "both.safetensors").relative < 1e-6
+
+
+def test_what_all_metadata_say_of_the_model_is_heard_by_combine(tmp_path: Path) -> None:
+    said = {"ss_base_model_version": "flux1"}
+    paths = [write(tmp_path / f"{seed}.safetensors", ambiguous(seed), said) for seed in (0, 1)]
+    report = lt.combine(paths, out=tmp_path / "both.safetensors", to="diffusers")
+    assert report.adapter is not None
+    names = {name.partition(".lora_")[0] for name in load_file(tmp_path / "both.safetensors")}
+    assert "transformer.transformer_blocks.0.attn.to_q" in names
+
+
+def test_shapes_and_metadata_that_contradict_each_other_decide_nothing(tmp_path: Path) -> None:
+    tensors = {
+        f"transformer.transformer_blocks.0.attn2.to_{leg}.lora_{half}.weight": np.ones(shape, "f4")
+        for leg in "qk"
+        for half, shape in (("A", (2, 2048)), ("B", (2048, 2)))
+    }
+    path = write(tmp_path / "a.safetensors", tensors, {"modelspec.architecture": "anima-preview/lora"})
+    with pytest.raises(Mismatch, match="metadata say anima") as caught:
+        lt.convert(path, to="kohya")
+    assert "--arch" in caught.value.hint
+    assert lt.convert(path, to="kohya", arch="anima").architecture == "anima"
+
+
+def test_across_dialects_a_part_that_does_nothing_is_no_difference() -> None:
+    one, stem = sd1_kohya(), ATTENTION.format(0, 2, "q")
+    other = as_diffusers(one)
+    idle = factors(stem, 320, 320, seed=5)
+    silent = {**idle, f"{stem}.lora_up.weight": np.zeros((320, 2), "f4")}
+    for sides in (({**one, **silent}, other), (other, {**one, **silent})):
+        report = lt.diff(*sides)
+        assert report.identical
+        assert len(report.only_in_a) + len(report.only_in_b) == 1
+    assert not lt.diff({**one, **idle}, other).identical
+    assert not lt.diff({**one, **silent}, one).identical  # of one dialect, modules are what they are called
+
+
+def test_one_module_under_two_names_is_refused_by_all() -> None:
+    stem = ATTENTION.format(0, 1, "q")
+    dotted = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    kohya = factors(stem, 320, 320)
+    other = {
+        f"{dotted}.lora_A.weight": kohya[f"{stem}.lora_down.weight"],
+        f"{dotted}.lora_B.weight": kohya[f"{stem}.lora_up.weight"],
+    }
+    more = factors(ATTENTION.format(0, 1, "k"), 320, 320)
+    adapter = lt.load({**kohya, **more, **other})
+    with pytest.raises(Mismatch, match="both change"):
+        lt.convert(adapter, to="diffusers", arch="sd1")
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_{}.weight"
+    base = {name.format(leg): np.zeros((320, 320), "f4") for leg in "qkv"}
+    with pytest.raises(Mismatch, match="both change"):
+        lt.merge(base, adapter, arch="sd1")

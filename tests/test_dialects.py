@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -670,6 +671,33 @@ def test_a_fault_is_found_and_refused_by_its_key(tmp_path: Path, name: str) -> N
     errors = [f for f in lt.validate(tmp_path / "a.safetensors").findings if f.severity == "error"]
     assert code in [f.code for f in errors]
     assert {f.where for f in errors} & set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "where", "text"),
+    [
+        ({DOWN: draw(4, 8), UP: draw(6, 5)}, DOWN, f"{DOWN} [4, 8] and {UP} [6, 5] have different ranks"),
+        ({DOWN: draw(4, 8)}, DOWN, f"{DOWN} without the factor it belongs to"),
+        ({DOWN: draw(4, 8), UP: draw(6, 4), "lora_unet_q.dora_scale": draw(7, 1)}, "lora_unet_q.dora_scale",
+         "lora_unet_q.dora_scale [7, 1] should have 6 values by output or 8 by input features"),
+    ],
+    ids=["ranks", "unpaired", "magnitude"],
+)  # fmt: skip
+def test_a_fault_is_not_blamed_on_the_alpha(tmp_path: Path, tensors: Tensors, where: str, text: str) -> None:
+    stored(tmp_path / "a.safetensors", {"lora_unet_q.alpha": np.array(1.0), **tensors})
+    with pytest.raises(Unsupported, match=f"lora_unet_q is broken: {re.escape(text)}"):
+        lt.load(tmp_path / "a.safetensors").require_computable()
+    (found,) = [f for f in lt.validate(tmp_path / "a.safetensors").findings if f.severity == "error"]
+    assert found.where == where
+
+
+def test_an_alpha_that_is_no_number_is_named_once(tmp_path: Path) -> None:
+    alpha = np.array(np.nan, np.float32)
+    stored(tmp_path / "a.safetensors", {"lora_unet_q.alpha": alpha, DOWN: draw(4, 8), UP: draw(6, 4)})
+    with pytest.raises(Unsupported, match=r"lora_unet_q is broken: lora_unet_q\.alpha is nan"):
+        lt.load(tmp_path / "a.safetensors").require_computable()
+    found = lt.validate(tmp_path / "a.safetensors").findings
+    assert {f.where for f in found if f.code == "alpha-invalid"} == {"lora_unet_q.alpha"}
 
 
 def test_validate_lists_all_faults_and_keys_of_no_module(tmp_path: Path) -> None:

@@ -720,7 +720,7 @@ def test_exit_codes_follow_the_tolerance(pair):
 
 def test_an_architecture_that_is_not_known_is_refused_with_a_hint(pair):
     result = invoke(*pair, "--arch", "llama")
-    assert result.exit_code == 3
+    assert result.exit_code == 2
     assert "no architecture 'llama' is known" in result.stderr
     assert "Hint: known: " in result.stderr
 

@@ -115,6 +115,41 @@ def test_a_kohya_file_lands_in_a_single_file_checkpoint(tmp_path: Path) -> None:
     assert lt.verify(path, adapter, path).summary["unmerged"] == 6
 
 
+def test_hashes_of_the_bases_tensors_do_not_stay(tmp_path: Path) -> None:
+    stated = {
+        "sshs_model_hash": "a" * 64,
+        "sshs_legacy_hash": "b" * 8,
+        "modelspec.hash_sha256": "0x" + "a" * 64,
+    }
+    path = write(tmp_path / "base.safetensors", checkpoint("sd1"), {**stated, "modelspec.title": "small"})
+    report = lt.merge(path, write(tmp_path / "lora.safetensors", SD1_LORA), tmp_path / "out.safetensors")
+    [told] = [warning for warning in report.warnings if "left out" in warning]
+    assert all(key in told for key in stated)
+    with safe_open(tmp_path / "out.safetensors", "numpy") as new:
+        assert new.metadata().keys() == {"loratools", "modelspec.title"}
+    assert lt.verify(path, tmp_path / "lora.safetensors", tmp_path / "out.safetensors").ok
+
+
+def test_a_shard_that_nothing_changes_keeps_its_hash(tmp_path: Path) -> None:
+    shards = {letter: f"model-0000{i}-of-00002.safetensors" for i, letter in ((1, "a"), (2, "b"))}
+    for letter, file in shards.items():
+        (tmp_path / "base").mkdir(exist_ok=True)
+        tensors = {f"{letter}.weight": np.ones((4, 3), np.float32)}
+        write(tmp_path / "base" / file, tensors, {"sshs_model_hash": letter * 64})
+    index = {"weight_map": {f"{letter}.weight": file for letter, file in shards.items()}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "base" / "config.json").write_text("{}")
+    lora = {"a.lora_A.weight": np.ones((1, 3), np.float32), "a.lora_B.weight": np.ones((4, 1), np.float32)}
+    adapter = lt.load(lora, config={"peft_type": "LORA", "r": 1, "lora_alpha": 2})
+    report = lt.merge(tmp_path / "base", adapter, tmp_path / "out", sync=False)
+    assert any("sshs_model_hash" in warning for warning in report.warnings)
+    hashes = {}
+    for letter, file in shards.items():
+        with safe_open(tmp_path / "out" / file, "numpy") as written:
+            hashes[letter] = (written.metadata() or {}).get("sshs_model_hash")
+    assert hashes == {"a": None, "b": "b" * 64}
+
+
 def test_text_encoders_of_openclip_take_rows_of_one_parameter() -> None:
     family = architecture("sdxl")
     base = checkpoint("sdxl", lambda weight: "text" in weight.component or weight.native.startswith("time"))

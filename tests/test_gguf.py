@@ -362,7 +362,8 @@ def test_scales_as_llama_cpp_has_them(tmp_path: Path) -> None:
     for alpha in (0.0, None):
         adapter = read_gguf("it", store(tmp_path / f"{alpha}.gguf", pair(), **{"adapter.lora.alpha": alpha}))
         assert (adapter.modules[UP].alpha, adapter.modules[UP].scaling) == (2.0, 1.0)
-        assert "scale of 1" in adapter.warnings[0]
+        said = "is missing" if alpha is None else "is 0"
+        assert adapter.warnings == (f"adapter.lora.alpha {said}, which llama.cpp takes as a scale of 1",)
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, "four"])
@@ -412,14 +413,22 @@ def test_other_tensors_are_kept(tmp_path: Path) -> None:
     more = {"blk.0.attn_norm.weight": np.ones(8, np.float32), "blk.0.ffn_up.lora_c": np.ones(8, np.float32)}
     adapter = read_gguf("it", store(tmp_path / "it.gguf", pair() | more))
     assert {key: extra.role for key, extra in adapter.extras.items()} == {
-        "blk.0.attn_norm.weight": "training_only", "blk.0.ffn_up.lora_c": "unclaimed",
+        "blk.0.attn_norm.weight": "unclaimed", "blk.0.ffn_up.lora_c": "unclaimed",
     }  # fmt: skip
-    assert write_gguf(adapter).lost.keys() == {"blk.0.ffn_up.lora_c"}
+    lost = write_gguf(adapter).lost
+    assert lost.keys() == more.keys()
+    assert "llama.cpp passes over" in lost["blk.0.attn_norm.weight"]
 
 
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     path = store(tmp_path / "it.gguf", pair(), **{"general.type": "model"})
     with pytest.raises(UnknownFormat, match="GGUF model"):
+        read_gguf("it", path)
+
+
+def test_adapters_of_other_types_are_named_by_their_key(tmp_path: Path) -> None:
+    path = store(tmp_path / "it.gguf", pair(), **{"adapter.type": "control"})
+    with pytest.raises(UnknownFormat, match=r"adapter\.type 'control'"):
         read_gguf("it", path)
 
 
@@ -490,8 +499,27 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
     used = len(whole) - (-GgufFile(tmp_path / "sound.gguf").specs["blk.0.ffn_up.weight.lora_b"].nbytes % 32)
     for length in range(used):
         path.write_bytes(whole[:length])
-        with pytest.raises(CorruptFile):
+        with pytest.raises(CorruptFile, match="is truncated: " if length else "is empty") as raised:
             GgufFile(path)
+        assert raised.value.hint
+    path.write_bytes(b"")
+    with pytest.raises(CorruptFile, match="is empty"):
+        lt.load(path)
+
+
+@pytest.mark.parametrize("alignment", [8, 64])
+def test_another_alignment_is_no_cut(alignment: int, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "it.gguf", "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_custom_alignment(alignment)
+    for name, value in pair().items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GgufFile(tmp_path / "it.gguf")
+    assert all(np.array_equal(source.read(name), value.reshape(-1)) for name, value in pair().items())
 
 
 @given(place=st.integers(0, 1 << 20), value=st.integers(0, 255))

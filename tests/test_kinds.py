@@ -936,3 +936,15 @@ def test_a_part_of_a_rotation_has_no_meaning() -> None:
     step = step_of(np.ones((6, 12), np.float32), every("oft"), Target("fc.weight", delta_rows=Span(0, 6)))
     with pytest.raises(Unsupported, match="fc is oft, of which a part has no meaning"):
         list(blocks(step))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_survival_is_measured_where_squares_overflow(kind: Any) -> None:
+    from loratools.computing import Block, Survival
+
+    seen, before = Survival(), np.array([[1.0, 2.0, np.nan]], kind)
+    after = np.array([[1e30, 2.0, np.nan]], kind)
+    with np.errstate(over="ignore", invalid="ignore"):  # as in the threads that run it
+        seen.add(Block(0, after, before), after)
+    assert seen.share == 1.0
+    assert (seen.unchanged, seen.count) == (1, 2)

@@ -43,7 +43,7 @@ from loratools.metadata.translation import (
     diffusers_metadata,
     facts,
     kohya_metadata,
-    modelspec_metadata,
+    network_metadata,
     say_facts,
 )
 from loratools.tensors import files
@@ -1086,9 +1086,11 @@ def test_the_minimal_set_of_kohya():
         "ss_v2": "False", "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora",
         "ss_network_dim": "8", "ss_network_alpha": "4",
     }  # fmt: skip
-    uneven = kohya_metadata({**even, "x": ModuleFacts(4, 4.5)}, convolutions={"c": ModuleFacts(2, 0.5)})
+    mixed, convolutions = {**even, "x": ModuleFacts(4, 4.5)}, {"c": ModuleFacts(2, 0.5)}
+    assert "ss_network_args" not in kohya_metadata(mixed, convolutions=convolutions)
+    uneven = kohya_metadata(mixed, convolutions=convolutions, algo="locon")
     assert (uneven["ss_network_dim"], uneven["ss_network_alpha"]) == ("Dynamic", "Dynamic")
-    assert json.loads(uneven["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "0.5"}
+    assert json.loads(uneven["ss_network_args"]) == {"algo": "locon", "conv_dim": "2", "conv_alpha": "0.5"}
     lokr = kohya_metadata(even, algo="lokr")
     assert lokr["ss_network_module"] == "lycoris.kohya"
     assert json.loads(lokr["ss_network_args"]) == {"algo": "lokr"}
@@ -1096,11 +1098,48 @@ def test_the_minimal_set_of_kohya():
     assert set(uneven) | {"ss_v2", "ss_base_model_version"} == NEEDED
 
 
-def test_modelspec_says_only_what_is_known():
-    assert modelspec_metadata(None, title="Ink") == {}
-    assert modelspec_metadata("flux-1-dev/lora", title=None, license="MIT") == {
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "flux-1-dev/lora", "modelspec.license": "MIT",
-    }  # fmt: skip
+def told(*ranks: int) -> dict[str, ModuleFacts]:
+    return {f"lora_unet_{i}": ModuleFacts(rank, rank / 2) for i, rank in enumerate(ranks)}
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks", "kinds", "true"),
+    [
+        ({"ss_network_alpha": "2.0"}, (4, 4), {"lora"}, {"ss_network_alpha": "2.0"}),
+        (
+            {"ss_network_alpha": "2.001"},
+            (4, 4),
+            {"lora"},
+            {"ss_network_alpha": "2.001"},
+        ),  # rounded to bfloat16
+        ({"ss_network_alpha": "3"}, (4, 4), {"lora"}, {"ss_network_alpha": "2"}),
+        ({"ss_network_dim": "8"}, (4, 4), {"lora"}, {"ss_network_dim": "4"}),
+        ({"ss_network_dim": "8"}, (4, 2), {"lora"}, {"ss_network_dim": "Dynamic"}),
+        ({"ss_network_dim": "4"}, (4, 4, 2), {"lora"}, {"ss_network_dim": "4"}),
+        ({"ss_network_dim": "Dynamic"}, (4, 2), {"lora"}, {"ss_network_dim": "Dynamic"}),
+        ({"ss_network_dim": "Dynamic"}, (4, 4), {"lora"}, {"ss_network_dim": "4"}),
+        ({"ss_network_dim": "None"}, (4, 4), {"lora"}, {"ss_network_dim": "None"}),
+        ({"ss_network_dim": "8"}, (), {"full"}, {"ss_network_dim": "8"}),
+        ({"ss_network_module": "networks.loha"}, (4,), {"lora"}, {}),
+        ({"ss_network_module": "networks.dylora"}, (4,), {"lora"}, {"ss_network_module": "networks.dylora"}),
+        ({"ss_title": "Ink"}, (4,), {"lora"}, {}),
+    ],
+)
+def test_what_a_file_says_of_its_network_stays_while_it_is_true(said, ranks, kinds, true):
+    assert network_metadata(said, told(*ranks), kinds=kinds) == true
+
+
+def test_arguments_of_a_network_stay_as_they_are_written_but_for_ranks_and_alphas():
+    text = '{"algo":"loha",  "preset": "full", "conv_dim": "4", "conv_alpha": 2.0}'
+    said = {"ss_network_module": "lycoris.kohya", "ss_network_args": text}
+    small = {"c": ModuleFacts(2, 1.0)}
+    assert network_metadata(said, told(8), kinds={"loha", "full"}) == said
+    assert network_metadata(said, told(8), convolutions={"c": ModuleFacts(4, 2.0)}, kinds={"loha"}) == said
+    changed = network_metadata(said, told(8), convolutions=small, kinds={"loha"})["ss_network_args"]
+    assert json.loads(changed) == {"algo": "loha", "preset": "full", "conv_dim": "2", "conv_alpha": "1"}
+    assert network_metadata(said, told(8), kinds={"lora"}) == {}
+    for odd in ("unit=4", "[4]", "", "{"):
+        assert network_metadata({"ss_network_args": odd}, told(8), kinds={"lora"}) == {"ss_network_args": odd}
 
 
 def test_facts_are_translated_and_not_invented():

@@ -580,6 +580,39 @@ def test_converted_and_back(tmp_path: Path) -> None:
     assert {module.kind for module in lt.load(tmp_path / "peft").modules.values()} == {"dora"}
 
 
+TIED = {"model_type": "qwen2", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TIED, {"model_type": "gemma2"}, {"model_type": "x", "text_config": {"tie_word_embeddings": True}}],
+)
+def test_the_head_of_a_tied_model_is_lost(config: dict[str, Any]) -> None:
+    written = write_mlx(made({DOWN: 2, "lm_head": 2}).adapter, base_config=config)
+    assert written.lost.keys() == {"lm_head"}
+    assert "tied" in written.lost["lm_head"]
+    assert {key.rpartition(".")[0] for key in written.tensors} == {DOWN}
+    assert written.warnings == ()
+
+
+def test_an_embedding_of_a_tied_model_is_a_warning() -> None:
+    adapter = made({DOWN: 2, "model.embed_tokens": 2}).adapter
+    [warning] = write_mlx(adapter, base_config=TIED).warnings
+    assert warning.startswith("model.embed_tokens: MLX adds it to the output")
+    assert write_mlx(adapter, base_config={**TIED, "tie_word_embeddings": False}).warnings == ()
+    assert write_mlx(adapter, base_config=TIED).lost == {}
+
+
+def test_without_a_base_nobody_knows_of_ties() -> None:
+    adapter = made({DOWN: 2, "model.embed_tokens": 2, "lm_head": 2}).adapter
+    written = write_mlx(adapter)
+    assert written.lost == {}
+    assert [warning.partition(":")[0] for warning in written.warnings] == ["model.embed_tokens", "lm_head"]
+    assert all("if the base's embeddings are tied" in warning for warning in written.warnings)
+    assert lt.convert(adapter, None, to="mlx").warnings == written.warnings
+    assert write_mlx(made({DOWN: 2}).adapter).warnings == ()
+
+
 def test_validate_names_what_is_wrong(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -18,6 +18,7 @@ import loratools as lt
 from loratools.cli.app import app
 from loratools.errors import Unsupported
 from loratools.verbs.normalize import normalize
+from loratools.verbs.saving import save
 from tests.helpers import make_adapter, write_adapter
 from tests.test_engines import (
     ATTENTION,
@@ -271,7 +272,7 @@ def test_a_rank_beyond_the_menu_is_for_reduce_unless_a_rank_is_given(tmp_path: P
     assert caught.value.hint == f"loratools reduce {folder} OUT --rank 512"
     report = normalize(folder, tmp_path / "b", engine="vllm", rank=4, sync=False)
     assert report.engine is not None
-    assert report.engine.flags == ("--max-lora-rank 8",)
+    assert report.engine.flags == ()
 
 
 @pytest.mark.parametrize(
@@ -300,8 +301,85 @@ def test_projections_that_are_stacked_are_filled_with_zeros(name: str, adapted: 
 
 def test_without_a_base_what_lacks_a_projection_is_refused(tmp_path: Path) -> None:
     shapes = {path: shape for path, shape in ATTENTION.items() if path.endswith("q_proj")}
-    with pytest.raises(Unsupported, match="lacks v_proj"):
-        normalize(make_adapter(tmp_path / "a", shapes), engine="sglang")
+    folder = make_adapter(tmp_path / "a", shapes)
+    with pytest.raises(Unsupported, match="lacks v_proj") as caught:
+        normalize(folder, engine="sglang")
+    assert caught.value.hint == f"loratools normalize {folder} OUT --for sglang --base BASE"
+
+
+def test_layers_that_lorax_wants_are_filled_with_zeros(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    shapes = {path: shape for path, shape in ATTENTION.items() if ".0." in path or "q_proj" in path}
+    folder = write_adapter(tmp_path / "a", factors(shapes), **CONFIG)
+    with pytest.raises(Unsupported, match="not adapted in every layer") as caught:
+        normalize(folder, tmp_path / "b", engine="lorax")
+    assert caught.value.hint == f"loratools normalize {folder} OUT --for lorax --base BASE"
+    normalize(folder, tmp_path / "b", engine="lorax", base=base, sync=False)
+    answer = lt.validate(tmp_path / "b", engines=["lorax"], base=base).engines[0]
+    assert (answer.loads, answer.same_maths) == ("yes", "yes")
+    made = as_an_engine_reads(tmp_path / "b", "lorax")
+    assert made.keys() == ATTENTION.keys()
+    assert not any(made[path].any() for path in made.keys() - shapes.keys())
+    raw = factors(shapes)
+    truth = {
+        path: 2.0 * raw[f"{PREFIX}{path}.lora_B.weight"].astype("f8") @ raw[f"{PREFIX}{path}.lora_A.weight"]
+        for path in shapes
+    }
+    assert_same_deltas({path: made[path] for path in shapes}, truth)
+
+
+def test_a_layer_under_another_name_is_filled_under_that_name(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", prefix="language_model.")
+    shapes = {path: shape for path, shape in ATTENTION.items() if path != FIRST}
+    folder = write_adapter(tmp_path / "a", factors(shapes), **CONFIG)
+    normalize(folder, tmp_path / "b", engine="lorax", base=base, sync=False)
+    assert set(lt.load(tmp_path / "b").modules) == {f"language_model.{path}" for path in ATTENTION}
+    assert lt.validate(tmp_path / "b", engines=["lorax"], base=base).engines[0].same_maths == "yes"
+
+
+@pytest.mark.parametrize("feature", ["plain", "rslora", "rank", "alpha"])
+@pytest.mark.parametrize("name", ["mlx", "llama.cpp"])
+def test_the_format_that_is_written_is_judged(name: str, feature: str, tmp_path: Path) -> None:
+    form = {"mlx": "mlx", "llama.cpp": "gguf"}[name]
+    base = write_model(tmp_path / "base")
+    folder = peft_folder(feature, tmp_path / "a")
+    out = tmp_path / ("b.gguf" if form == "gguf" else "b")
+    report = normalize(folder, out, engine=name, to=form, base=base, sync=False)
+    assert report.engine is not None
+    assert (report.engine.loads, report.engine.same_maths) == ("yes", "yes")
+    back = lt.load(out)
+    assert back.format == form
+    assert_same_deltas(as_read(back), as_read(lt.load(folder)))
+    assert lt.validate(out, engines=[name], base=base).ok
+
+
+@pytest.mark.parametrize("form", ["mlx", "gguf"])
+def test_what_was_in_another_format_is_written_for_an_engine_of_peft(form: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    source = tmp_path / ("a.gguf" if form == "gguf" else "a")
+    config = json.loads((base / "config.json").read_text())
+    save(lt.load(peft_folder("rslora", tmp_path / "p")), source, format=form, base_config=config, sync=False)
+    normalize(source, tmp_path / "b", engine="sglang", to="peft", base=base, sync=False)
+    assert_accepted(tmp_path / "b", "sglang", base=base)
+    assert_same_deltas(as_an_engine_reads(tmp_path / "b", "sglang"), as_read(lt.load(tmp_path / "p")))
+
+
+def as_read(adapter: lt.Adapter) -> dict[str, np.ndarray]:
+    """What each module adds, by its factors and scaling."""
+    return {
+        path: m.scaling * m.tensors["up"].load().astype("f8") @ m.tensors["down"].load().astype("f8")  # type: ignore[operator]
+        for path, m in adapter.modules.items()
+    }
+
+
+def test_copies_of_the_base_are_left_out_for_sglang(tmp_path: Path) -> None:
+    tensors = factors({**ATTENTION, "lm_head": (20, INTO)})
+    tensors[f"{PREFIX}lm_head.base_layer.weight"] = values(20, INTO)
+    folder = write_adapter(tmp_path / "a", tensors, **{**CONFIG, "target_modules": ["q_proj", "lm_head"]})
+    normalize(folder, tmp_path / "b", engine="sglang", sync=False)
+    assert_accepted(tmp_path / "b", "sglang")
+    assert not any("base_layer" in key for key in load_file(tmp_path / "b" / "adapter_model.safetensors"))
+    assert set(lt.load(tmp_path / "b").modules) == {*ATTENTION, "lm_head"}
 
 
 @pytest.mark.parametrize("name", ["vllm", "llama.cpp"])

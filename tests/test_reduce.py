@@ -745,3 +745,12 @@ def test_what_cannot_be_meant_is_misuse(typed, tmp_path):
     result = invoke(several(tmp_path / "a"), tmp_path / "r", *typed)
     assert result.exit_code == 2
     assert not (tmp_path / "r").exists()
+
+
+def test_a_kernel_that_a_file_hides_is_a_doubt_only_of_peft() -> None:
+    factors, _ = loha(0, (12, 8), 2)
+    hidden = loaded({"a.q": factors}, "LOHA")
+    assert any("does not tell a linear layer" in text for text in lt.reduce(hidden, rank=1).warnings)
+    named = lt.load({f"lora_unet_q.{key}": values for key, values in factors.items()})
+    assert named.format == "kohya"
+    assert not any("PEFT" in text for text in lt.reduce(named, rank=1).warnings)

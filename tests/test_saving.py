@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -24,8 +25,6 @@ from loratools.verbs.saving import describe_save, input_paths, save, widest
 from tests.helpers import digest, load_state, make_adapter, rounded_once, save_state
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from loratools.adapter import Adapter
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "loratools.json"
@@ -343,3 +342,23 @@ def test_torch_is_not_needed(folder: Path, tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert saving.WEIGHTS_NAME in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "; and 1 other reason"), (2, "; and 2 other reasons")])
+def test_reasons_beyond_the_first_are_counted(count: int, words: str) -> None:
+    from loratools.verbs import saving
+
+    lost = {f"k{i}": f"reason {i}" for i in range(saving._NAMED + count)}
+    with pytest.raises(Unsupported) as raised:
+        saving.require_nothing_lost("it", "peft", lost, ())
+    assert str(raised.value).partition("\n")[0].endswith(words)
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.ckpt", "out.bin", "out.pt", "out.npz"])
+def test_a_folder_is_not_called_like_a_file(name: str, tmp_path: Path) -> None:
+    adapter = lt.load(make_adapter(tmp_path / "in", {"model.layers.0.mlp.up_proj": (9, 7)}))
+    for style in ("peft", "mlx"):
+        with pytest.raises(Unsupported, match=rf"{style} has no {Path(name).suffix} files") as raised:
+            adapter.save(tmp_path / name, format=style)
+        assert str(tmp_path / "out") in str(raised.value.hint)
+    assert not (tmp_path / name).exists()

@@ -9,7 +9,7 @@ import click
 
 from loratools.cli.adapters import load_adapters
 from loratools.cli.doorway import Misuse
-from loratools.cli.options import REF, computing, reading, shared
+from loratools.cli.options import REF, architecture, computing, reading, shared
 from loratools.cli.outputs import resolve_out, show_dry_run, writing
 from loratools.cli.progress import progress
 from loratools.cli.tables import show_table
@@ -34,11 +34,7 @@ _USAGE = "loratools convert REF OUT --to FORMAT"
     metavar="REF",
     help="The base model: its tensors say which architecture it is; GGUF needs it.",
 )
-@click.option(
-    "--arch",
-    metavar="NAME",
-    help="The architecture, such as sdxl or flux1.  [default: what the modules' names say]",
-)
+@architecture
 @click.option(
     "--allow-loss", multiple=True, metavar="NAME",
     help="A key or a module that may be left out, such as 'lora_te2*'. Can be repeated.",

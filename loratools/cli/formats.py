@@ -29,6 +29,7 @@ def command(settings: Settings) -> None:
       loratools formats
       loratools formats --json
     """  # noqa: D301 - \b is click's
+    from loratools.architectures.base import architectures
     from loratools.dtypes import DTYPES, compatible
 
     formats = known_formats()
@@ -37,13 +38,21 @@ def command(settings: Settings) -> None:
             {"name": t.name, "bits": t.bits, "kind": t.kind, "compute": compatible(t)}
             for t in DTYPES.values()
         ]
-        say_json({"schema": "loratools.formats/1", "formats": formats, "dtypes": dtypes})
+        say_json(
+            {
+                "schema": "loratools.formats/1",
+                "formats": formats,
+                "architectures": list(architectures()),
+                "dtypes": dtypes,
+            }
+        )
         return
     rows = [(f["name"], ", ".join(f["kinds"]), _uses(f), "; ".join(f["signs"])) for f in formats]
     show_table(["format", "kinds", "this build can", "known by"], rows)
     click.echo()
     computed = [t.name for t in DTYPES.values() if compatible(t)]
     copied = [t.name for t in DTYPES.values() if not compatible(t)]
+    click.echo(f"architectures (--arch): {', '.join(architectures())}")
     click.echo(f"computed with: {', '.join(computed)}")
     click.echo(f"copied as stored: {', '.join(copied)}")
 

@@ -211,7 +211,7 @@ def _survival(survival: SurvivalSummary) -> str:
     if survival.mean is None:
         return "nothing to measure"
     if survival.mean != survival.mean:
-        return "not a number: there are values in the base that are not finite"
+        return "not measured: the sums of its squares overflow"
     text = f"{percent(survival.mean)} of the change survives rounding"
     if survival.min is not None and survival.min < _NOTABLE:
         text += f"; least in {survival.worst_module}: {percent(survival.min)}"

@@ -85,6 +85,7 @@ def command(
       loratools normalize my-adapter for-sglang --for sglang
     """  # noqa: D301 - \b is click's
     place = resolve_out(out, output, "loratools normalize REF OUT")
+    from loratools.models import open_base
     from loratools.publishing import require_place
     from loratools.verbs.normalize import normalize
     from loratools.verbs.saving import describe_save, input_paths
@@ -111,6 +112,7 @@ def command(
             format=to,
             dtype=dtype,
             force=force,
+            base_config=None if base is None else open_base(base).config,
         )
         show_dry_run({**plan, "warnings": list(report.warnings)}, settings)
         return 0

@@ -216,9 +216,24 @@ computing = _chain(
     click.option("--max-memory", type=SIZE, help="Refuse to start if more is needed, such as 2GB."),
 )
 
+
+def _known_architecture(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
+    """Refuse a name that no architecture has, as the wrong use of an option."""
+    from loratools.architectures.base import architecture as find
+    from loratools.cli.doorway import Misuse
+
+    if value is not None:
+        try:
+            find(value)
+        except Unsupported as error:
+            raise Misuse(str(error), hint=error.hint) from error
+    return value
+
+
 architecture = click.option(
     "--arch",
     metavar="NAME",
+    callback=_known_architecture,
     help="The architecture, such as sdxl or flux1.  [default: what names and shapes say]",
 )
 

@@ -8,7 +8,7 @@ Nothing here knows a file format: :class:`Facts` are gathered elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -46,6 +46,8 @@ _ALIASES = {
     "sd_scripts": "sd-scripts",
 }  # fmt: skip
 _DATA = Path(__file__).with_name("data")
+_NORMALIZE, _CONVERT, _BASE = "loratools normalize ", "loratools convert ", " --base BASE"
+_MERGE = "loratools merge BASE {ref} MERGED"
 _MOST = 8_000  # characters of an interpolated value; names come from files
 
 
@@ -56,6 +58,8 @@ class BaseFacts:
     Attributes:
         name: of it.
         family: ``model_type`` of its configuration; empty where it has none.
+        architecture: what GGUF calls that family; empty where it is not known.
+        layers: of the decoder; None where neither its configuration nor its weights tell.
         tied: whether input and output embedding are one weight.
         vocabulary: rows of its input embedding; None where that is not found.
         unmatched: keys of the adapter that nothing in it answers to.
@@ -65,6 +69,8 @@ class BaseFacts:
 
     name: str
     family: str = ""
+    architecture: str = ""
+    layers: int | None = None
     tied: bool = False
     vocabulary: int | None = None
     unmatched: tuple[str, ...] = ()
@@ -86,6 +92,7 @@ class Facts:
         doubled: keys that have it twice.
         unpaired: factors without the one they belong to.
         added_tokens: ids of the tokens that a tokenizer beside the adapter adds.
+        beyond_half: tensors with a value that half precision cannot hold.
         base: of the model, where one is given.
     """
 
@@ -98,6 +105,7 @@ class Facts:
     doubled: tuple[str, ...] = ()
     unpaired: tuple[str, ...] = ()
     added_tokens: tuple[int, ...] = ()
+    beyond_half: tuple[str, ...] = ()
     base: BaseFacts | None = None
 
 
@@ -171,7 +179,7 @@ class Engine:
         formats: dialects it reads.
         convert: what ``convert --to`` takes for it.
         plain: what ``normalize --for`` has to do beyond making factors plain: ``pad``, ``whole_alpha``,
-            ``list_targets``.
+            ``list_targets``, ``drop_copies``.
         rules: in the order of the file.
     """
 
@@ -221,7 +229,7 @@ class Verdict:
 
 def judge(engine: Engine, facts: Facts) -> Verdict:
     """Put an adapter to an engine's rules."""
-    hits = [hit for rule in engine.rules for hit in _hits(rule, facts)]
+    hits = _advised(engine, facts, [hit for rule in engine.rules for hit in _hits(rule, facts)])
     loads = _worst(hit.rule.loads for hit in hits)
     maths = _worst(hit.rule.same_maths for hit in hits)
     if loads == "no" and maths == "yes":
@@ -242,6 +250,23 @@ def _hits(rule: Rule, facts: Facts) -> list[Hit]:
         fix = _fill(rule.fix, words) if found.mendable else ""
         hits.append(Hit(rule, found.where, message, fix, flag))
     return hits
+
+
+def _advised(engine: Engine, facts: Facts, hits: list[Hit]) -> list[Hit]:
+    """The hits with fixes that work together: one that needs the base makes all need it; none that is refused."""
+    from loratools.engines.checks import has_no_place
+
+    needs_base = any(hit.fix.startswith(_NORMALIZE) and hit.fix.endswith(_BASE) for hit in hits)
+    stuck = has_no_place(facts, engine.convert)
+    advised = []
+    for hit in hits:
+        fix = hit.fix
+        if needs_base and fix.startswith(_NORMALIZE) and not fix.endswith(_BASE):
+            fix += _BASE
+        elif stuck and fix.startswith(_CONVERT):
+            fix = _fill(_MERGE, {"ref": facts.ref})
+        advised.append(replace(hit, fix=fix))
+    return advised
 
 
 def _fill(text: str, words: Mapping[str, object]) -> str:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
     Check = Callable[..., Iterator[Found]]
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "has_no_place", "layer_holes"]
 
 CHECKS: dict[str, Check] = {}
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
 _REDONE = {"pissa", "olora"}  # initialisations that the base alone tells again
 _PROJECTIONS = ({"w1", "w2", "w3"}, {"gate_proj", "up_proj", "down_proj"})
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_LAYER = re.compile(r"(?P<before>.+?)\.(?P<index>\d{1,5})\.(?P<after>.+)")
 
 
 def _check(function: Check) -> Check:
@@ -69,9 +70,9 @@ def weights_file(facts: Facts, *, suffixes: Sequence[str]) -> Iterator[Found]:
 
 
 @_check
-def adapter_name(facts: Facts) -> Iterator[Found]:
-    """Keys that still carry the adapter's name."""
-    yield from _named(facts.named)
+def adapter_name(facts: Facts, *, usual: bool | None = None) -> Iterator[Found]:
+    """Keys that still carry the adapter's name; ``usual``: only where it is ``default``, or only where it is not."""
+    yield from _named([k for k in facts.named if usual is None or (".default." in f"{k}.") == usual])
 
 
 @_check
@@ -90,6 +91,20 @@ def prefix_doubled(facts: Facts) -> Iterator[Found]:
 def unpaired(facts: Facts) -> Iterator[Found]:
     """A factor without the one it belongs to."""
     yield from _named(facts.unpaired)
+
+
+@_check
+def stray_keys(facts: Facts, *, reason: str) -> Iterator[Found]:
+    """Tensors that make no module, for a reason that an expression finds."""
+    wanted = re.compile(reason)
+    stray = facts.adapter.extras.items()
+    yield from _named([key for key, e in stray if e.role == "unclaimed" and wanted.search(e.reason)])
+
+
+@_check
+def base_copies(facts: Facts) -> Iterator[Found]:
+    """Copies of a weight of the base, which PEFT puts beside a LoRA on an embedding."""
+    yield from _named([key for key, extra in facts.adapter.extras.items() if extra.role == "base_copy"])
 
 
 @_check
@@ -129,9 +144,20 @@ def fields_set(facts: Facts, *, names: Sequence[str]) -> Iterator[Found]:
 
 
 @_check
-def initialisation(facts: Facts, *, names: Sequence[str]) -> Iterator[Found]:
-    """An initialisation that took something out of the base."""
+def initialisation(
+    facts: Facts, *, names: Sequence[str], without: str = "", beside: str = ""
+) -> Iterator[Found]:
+    """An initialisation that took something out of the base.
+
+    Args:
+        facts: of the adapter.
+        names: how its name may begin.
+        without: only where this field is not set.
+        beside: only where this field is set.
+    """
     value = facts.config.get("init_lora_weights")
+    if (without and facts.config.get(without)) or (beside and not facts.config.get(beside)):
+        return
     if isinstance(value, str) and value.lower().startswith(tuple(names)):
         yield Found("init_lora_weights", {"init": value}, mendable=value.lower() in _REDONE)
 
@@ -219,9 +245,11 @@ def _greatest(facts: Facts) -> int:
 
 
 @_check
-def rank_flag(facts: Facts, *, allowed: Sequence[int] = ()) -> Iterator[Found]:
-    """The rank an engine must be started for: the greatest, or the next that it knows."""
+def rank_flag(facts: Facts, *, allowed: Sequence[int] = (), default: int = 0) -> Iterator[Found]:
+    """The rank an engine must be started for: the greatest, or the next that it knows; none up to its default."""
     rank = _greatest(facts)
+    if rank <= default:
+        return
     served = next((step for step in sorted(allowed) if step >= rank), None) if allowed else rank
     if rank and served is not None:
         targets = sorted({_last(name) for name in _factors(facts)})
@@ -256,6 +284,14 @@ def alpha_zero(facts: Facts) -> Iterator[Found]:
     """A ``lora_alpha`` of 0."""
     if _config_alpha(facts) == 0:
         yield Found("lora_alpha")
+
+
+@_check
+def alpha_negative(facts: Facts) -> Iterator[Found]:
+    """A ``lora_alpha`` below 0."""
+    alpha = _config_alpha(facts)
+    if alpha is not None and alpha < 0:
+        yield Found("lora_alpha", {"alpha": _number(alpha)})
 
 
 def _number(value: float | None) -> str:
@@ -328,6 +364,7 @@ def embeddings(
     names: Sequence[str] = (*_EMBEDDINGS, "lm_head"),
     families: Sequence[str] = (),
     unless_families: Sequence[str] = (),
+    with_base: bool = True,
     without_base: bool = True,
     tied: bool | None = None,
     vocabulary: int | None = None,
@@ -339,12 +376,13 @@ def embeddings(
         names: of the layers meant.
         families: only where the base is of one of these.
         unless_families: only where the base is known to be of none of these.
+        with_base: also where a base is given.
         without_base: also where no base is given.
         tied: only where the base's embeddings are tied, or are not; no base counts as neither.
         vocabulary: only where the base has more rows than this.
     """
     base = facts.base
-    if base is None and not without_base:
+    if not (without_base if base is None else with_base):
         return
     if base is not None and (
         (families and base.family not in families)
@@ -460,6 +498,44 @@ def packed_partly(facts: Facts, *, members: Sequence[str], needed: Sequence[str]
     yield from _named(list(lacking), missing=", ".join(next(iter(lacking.values()), [])))
 
 
+def layer_holes(facts: Facts) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Kinds of modules that some layers lack, experts aside, from the first to the base's last or the last adapted.
+
+    Returns:
+        By kind, with ``*`` for the number of the layer: a module of it, and the layers without.
+    """
+    kinds: dict[str, dict[int, str]] = {}
+    for name in facts.adapter.modules:
+        found = _LAYER.fullmatch(name)
+        if found is not None and "experts" not in name.split("."):
+            kinds.setdefault(f"{found['before']}.*.{found['after']}", {})[int(found["index"])] = name
+    most = max((max(indices) + 1 for indices in kinds.values()), default=0)
+    known = None if facts.base is None else facts.base.layers
+    holes = {}
+    for kind, indices in kinds.items():
+        lacking = tuple(i for i in range(most if known is None else known) if i not in indices)
+        if lacking:
+            holes[kind] = (next(iter(indices.values())), lacking)
+    return holes
+
+
+@_check
+def layers_missing(facts: Facts) -> Iterator[Found]:
+    """Kinds of modules that are not adapted in every layer."""
+    holes = layer_holes(facts)
+    layers = next(iter(holes.values()), ("", ()))[1]
+    yield from _named(list(holes), layers=_few([str(layer) for layer in layers]))
+
+
+@_check
+def layers_unknown(facts: Facts) -> Iterator[Found]:
+    """Numbered layers, where nothing says how many the base has."""
+    if facts.base is None or facts.base.layers is None:
+        numbers = [int(found["index"]) for n in facts.adapter.modules if (found := _LAYER.fullmatch(n))]
+        if numbers:
+            yield Found("", {"last": max(numbers)})
+
+
 @_check
 def module_names(facts: Facts, *, allowed: Sequence[str]) -> Iterator[Found]:
     """Modules called other than an engine allows."""
@@ -487,12 +563,18 @@ def stored_transposed(facts: Facts) -> Iterator[Found]:
 
 
 @_check
+def beyond_half(facts: Facts) -> Iterator[Found]:
+    """Values that half precision cannot hold."""
+    yield from _named(facts.beyond_half)
+
+
+@_check
 def dtypes(facts: Facts, *, names: Sequence[str]) -> Iterator[Found]:
     """Factors of one of these types."""
     stored = {ref.spec.dtype.name for m in facts.adapter.modules.values() for ref in m.factors.values()}
     found = sorted(stored & set(names))
     if found:
-        yield Found("", {"dtypes": ", ".join(found)})
+        yield Found("", {"dtypes": ", ".join(found)}, mendable=not facts.beyond_half)
 
 
 # --- against a base ----------------------------------------------------------------------------------------
@@ -508,6 +590,23 @@ def family(
         not unknown and found and (found in among or (allowed and found not in allowed))
     ):
         yield Found("", {"family": found})
+
+
+@_check
+def architecture(facts: Facts, *, known: bool = True) -> Iterator[Found]:
+    """A GGUF adapter for another architecture than the base's; or, with ``known = false``, one of which nothing says.
+
+    The base's is known for the families that GGUF is written for here, and where both have one name.
+    """
+    base = facts.base
+    said = str(facts.config.get("general.architecture", ""))
+    if base is None or not base.family or not said:
+        return
+    alike = base.family.replace("_", "").replace("-", "") == said.replace("_", "").replace("-", "")
+    differs = base.architecture != said if base.architecture else not alike
+    if differs and bool(base.architecture) == known:
+        words = {"said": said, "wanted": base.architecture, "family": base.family, "base": base.name}
+        yield Found("general.architecture", words)
 
 
 @_check
@@ -535,3 +634,20 @@ def misfit(facts: Facts, *, smaller: bool) -> Iterator[Found]:
         fits_within = len(delta) == len(weight) and all(a <= b for a, b in zip(delta, weight, strict=True))
         if fits_within == smaller:
             yield Found(name, {"delta": list(delta), "weight": list(weight)})
+
+
+# --- what conversion refuses -------------------------------------------------------------------------------
+
+
+def has_no_place(facts: Facts, target: str) -> bool:
+    """Whether an adapter holds what a conversion to MLX or GGUF refuses."""
+    if target not in {"mlx", "gguf"}:
+        return False
+    found = [
+        initialisation(facts, names=("pissa", "olora", "corda", "loftq", "lora_ga")),
+        bias(facts), lora_bias(facts), saved_modules(facts), experts_packed(facts),
+        embeddings(facts, names=("lm_head",), tied=True, without_base=False),
+    ]  # fmt: skip
+    if target == "gguf":
+        found.append(dora(facts))
+    return any(next(one, None) is not None for one in found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter import AdapterConfig
 from loratools.errors import LoratoolsError, Unsupported
-from loratools.formats.fusing import as_lora, fitted, split_adapter, split_kept
+from loratools.formats.fusing import as_lora, fitted, require_factors, split_adapter, split_kept
 from loratools.formats.keys import Sheet, require_dialect, without_alpha
 from loratools.formats.pairs import folded
 from loratools.formats.peft import PREFIX
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratools.architectures.base import Architecture
     from loratools.formats.registry import Written
 
-__all__ = ["WEIGHTS_NAME", "as_peft", "components", "denoiser", "write_diffusers"]
+__all__ = ["WEIGHTS_NAME", "as_peft", "components", "denoiser", "unmixed", "write_diffusers"]
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # The folders of pipelines that adapters speak of, in the order in which one is preferred.
@@ -98,7 +98,7 @@ def components(
                 sheet.lose(name, module, "its name says no component of a pipeline")
                 continue
             _note(sheet, found.setdefault(component, {}), name, path, module, ())
-        return found
+        return {name: unmixed(sheet, name, modules) for name, modules in found.items()}
     split = split_adapter(adapter, architecture)
     for name in split.unmatched:
         sheet.lose(name, adapter.modules[name], f"{architecture.title} has no such module")
@@ -115,7 +115,35 @@ def components(
     for name, module in modules.items():
         weight, path = architecture.canonical[name].weight, architecture.canonical[name].parts[0].name
         _note(sheet, found[weight.component], name, path, module, weight.shape)
-    return {component: modules for component, modules in found.items() if modules}
+    return {name: unmixed(sheet, name, modules) for name, modules in found.items() if modules}
+
+
+def unmixed(sheet: Sheet, component: str, modules: Mapping[str, Module]) -> dict[str, Module]:
+    """The modules of one component that one LoraConfig can describe: DoRA or LoRA, whichever is of more modules.
+
+    What is left out is noted as lost.
+
+    Args:
+        sheet: where.
+        component: its name; empty where there is only one.
+        modules: as PEFT has them, by their path in it.
+    """
+    decomposed = {path for path, module in modules.items() if module.kind == "dora"}
+    rest = modules.keys() - decomposed
+    fewer = decomposed if len(decomposed) <= len(rest) else rest
+    whose = (
+        "a PEFT adapter has one LoraConfig"
+        if sheet.dialect == "peft"
+        else "diffusers has one LoraConfig for a component"
+    )
+    for path in modules:
+        if path in fewer:
+            sheet.lose(
+                f"{component}.{path}" if component else path,
+                modules[path],
+                f"{whose}: DoRA and LoRA cannot be mixed in it",
+            )
+    return {path: module for path, module in modules.items() if path not in fewer}
 
 
 def _note(
@@ -138,6 +166,8 @@ def as_peft(name: str, module: Module, shape: tuple[int, ...] = ()) -> Module:
     Raises:
         Unsupported: it has no such form.
     """
+    if module.kind != "dora":
+        require_factors(name, module)
     if module.scaling is None:
         raise Unsupported(
             f"nothing says how {name} is scaled", hint="pass its adapter_config.json, or --alpha"

@@ -36,6 +36,7 @@ __all__ = [
     "fuse",
     "fused",
     "native_name",
+    "require_factors",
     "split_adapter",
     "split_kept",
 ]
@@ -47,6 +48,15 @@ _TOLD = {"config_rank", "magnitude_axis"}  # options that do not change what two
 _FACTORS = {"lora": {"up": "down"}, "loha": _LOHA}
 # Roles that hold one value, or one row, for each output feature, and what stands for a part that is not there.
 _ROWS = {"full": ("diff", "diff_bias"), "norm": ("diff", "diff_bias"), "set": ("value",)}
+# What kinds do that add nothing to a weight that is known without it.
+_DOES = {
+    "ia3": "it multiplies the weight",
+    "glora": "a part of it multiplies the weight",
+    "oft": "it rotates the weight",
+    "oftv2": "it rotates the weight",
+    "boft": "it rotates the weight",
+    "set": "it replaces the weight",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,8 +501,7 @@ def as_lora(name: str, module: Module) -> Module:
         and module.options.keys() <= _TOLD
     ):
         return module
-    if module.kind in {*_ROWS, "ia3", "glora"} or not module.is_delta:
-        raise Unsupported(f"{name} is {module.kind}, which has no form as two factors")
+    require_factors(name, module)
     [factors] = matrices(module, name)
     if factors.up.shape[1] > min(factors.shape):
         factors = core(factors).truncate(min(factors.shape))
@@ -500,6 +509,18 @@ def as_lora(name: str, module: Module) -> Module:
         factors = replace(factors, up=np.zeros_like(factors.up, shape=(factors.shape[0], 1)),
                           down=np.zeros_like(factors.down, shape=(1, factors.shape[1])))  # fmt: skip
     return lora_module(module, [factors], prefix=name, bias=bias_delta(module))
+
+
+def require_factors(name: str, module: Module) -> None:
+    """Refuse a module that two factors cannot hold.
+
+    Raises:
+        Unsupported: with the reason, the same for all modules of its kind.
+    """
+    if module.kind in _DOES:
+        raise Unsupported(f"{_DOES[module.kind]}: it has no form as two factors")
+    if module.kind in _ROWS or not module.is_delta:
+        raise Unsupported(f"{name} is {module.kind}, which has no form as two factors")
 
 
 def fitted(module: Module, shape: tuple[int, ...]) -> Module:

@@ -46,6 +46,11 @@ _INVOCATION = "adapter.alora.invocation_tokens"
 _SUFFIX = re.compile(r"(?P<tensor>.+)\.weight\.lora_(?P<word>[ab])")
 _EMBEDDING = "token_embd"
 _HEAD = "output"
+_NORM = "a norm's weight that was trained as a whole, which llama.cpp passes over in an adapter"
+_BASE_HINT = (
+    "pass --base with the model's folder; where a verb has no --base, leave out --to gguf and then "
+    "loratools convert OUT x.gguf --to gguf --base BASE"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +223,11 @@ def read_gguf_bytes(name: str, raw: bytes) -> Adapter:
 def _adapter(
     name: str, source: TensorSource, fields: Mapping[str, Any], base_config: Mapping[str, Any] | None
 ) -> Adapter:
-    if fields.get(TYPE) != "adapter" or fields.get(ADAPTER_TYPE, "lora") != "lora":
+    if fields.get(TYPE) != "adapter":
         kind = fields.get(TYPE, "model")
-        raise UnknownFormat(f"{name} is a GGUF {kind}, not a LoRA adapter (general.type)")
+        raise UnknownFormat(f"{name} is a GGUF {kind}, not a LoRA adapter ({TYPE})")
+    if fields.get(ADAPTER_TYPE, "lora") != "lora":
+        raise UnknownFormat(f"{name} is a GGUF adapter of {ADAPTER_TYPE} {fields[ADAPTER_TYPE]!r}, not lora")
     alpha = _alpha(name, fields)
     reading = _Reading(name, str(fields.get(ARCHITECTURE)), fields, base_config)
     groups, extras = _grouped(source)
@@ -249,7 +256,7 @@ def _adapter(
         extras=extras,
         evidence="general.type is adapter",
         kinds=("lora",),
-        warnings=("adapter.lora.alpha is 0, which llama.cpp takes as a scale of 1",) if alpha == 0 else (),
+        warnings=_doubts(fields) if alpha == 0 else (),
         refusal=_why_activated(fields) or reading.refusal(modules) or why_broken(broken),
         tensors=tuple(TensorRef(source, key) for key in source.specs),
     )
@@ -289,6 +296,12 @@ def _alpha(name: str, fields: Mapping[str, Any]) -> float:
     return float(alpha)
 
 
+def _doubts(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a file whose alpha says nothing."""
+    how = "is 0" if ALPHA in fields else "is missing"
+    return (f"{ALPHA} {how}, which llama.cpp takes as a scale of 1",)
+
+
 def _grouped(source: TensorSource) -> tuple[dict[str, dict[str, TensorRef]], dict[str, Extra]]:
     groups: dict[str, dict[str, TensorRef]] = {}
     extras: dict[str, Extra] = {}
@@ -297,7 +310,7 @@ def _grouped(source: TensorSource) -> tuple[dict[str, dict[str, TensorRef]], dic
         if found is not None:
             groups.setdefault(found["tensor"], {})[found["word"]] = ref
         elif key.endswith("_norm.weight"):
-            extras[key] = Extra(ref, key, "training_only", "a norm's weight, which llama.cpp does not use")
+            extras[key] = Extra(ref, key, "unclaimed", _NORM)
         else:
             extras[key] = Extra(ref, key, "unclaimed", "neither lora_a nor lora_b")
     return groups, extras
@@ -444,8 +457,7 @@ def _base(adapter: Adapter, config: Mapping[str, Any] | None) -> tuple[Model, _H
         keys = (f"{named}.attention.head_count", f"{named}.attention.head_count_kv")
         return found, _heads(raw, *keys), found.tied
     raise Unsupported(
-        f"{adapter.name}: a GGUF adapter names its base's family, and nothing here says it",
-        hint="pass --base with the model's folder (its config.json is enough)",
+        f"{adapter.name}: a GGUF adapter names its base's family, and nothing here says it", hint=_BASE_HINT
     )
 
 
@@ -453,8 +465,7 @@ def _require_heads(adapter: str, model: Model, heads: _Heads | None, names: list
     turned = next((name for name in names if name.endswith((_QUERY, _KEY))), None)
     if model.interleaved and heads is None and turned is not None:
         raise Unsupported(
-            f"{adapter}: {turned} needs the base's number of heads (num_attention_heads)",
-            hint="pass --base with the model's folder (its config.json is enough)",
+            f"{adapter}: {turned} needs the base's number of heads (num_attention_heads)", hint=_BASE_HINT
         )
 
 

@@ -38,12 +38,14 @@ class Group:
     """The tensors of one module.
 
     Attributes:
+        stem: the module's name in the file; where it has several, that of the first key.
         tensors: by role, as stored.
         families: the kinds that its factors belong to.
         suffixes: of each role, as the file spells it.
         twins: tensors of a role that is there already: the key, and the key it repeats.
     """
 
+    stem: str
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     families: list[str] = field(default_factory=list)
     suffixes: dict[str, str] = field(default_factory=dict)
@@ -82,7 +84,7 @@ def group_keys(keys: Mapping[str, tuple[Key, TensorRef]], names: Mapping[str, st
     """The groups by module name; ``names`` has it for each stem of the file."""
     groups: dict[str, Group] = {}
     for parts, ref in keys.values():
-        groups.setdefault(names[parts.stem], Group()).add(parts, ref)
+        groups.setdefault(names[parts.stem], Group(parts.stem)).add(parts, ref)
     return groups
 
 
@@ -116,7 +118,9 @@ def _of(group: Group, ref: TensorRef, family: str) -> bool:
 
 
 def _list(group: Group) -> str:
-    return ", ".join(ref.name for ref in group.tensors.values())
+    """The factors there are; an alpha is named where there is nothing else."""
+    factors = [ref.name for role, ref in group.tensors.items() if role != "alpha"]
+    return ", ".join(factors or [ref.name for ref in group.tensors.values()])
 
 
 def _unpaired(group: Group) -> Problem:

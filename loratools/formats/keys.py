@@ -5,26 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from loratools.architectures.base import called
+from loratools.canonical import candidates
 from loratools.errors import LoratoolsError, Unsupported
 from loratools.formats.fusing import as_lora, fused, native_name, split_adapter, split_kept
 from loratools.formats.pairs import folded
 from loratools.formats.registry import Written
 from loratools.formats.suffixes import spelled
 from loratools.metadata.hashes import LEGACY, MODEL, MODELSPEC
-from loratools.metadata.translation import ModuleFacts, carry_over, facts, kohya_metadata, modelspec_metadata
+from loratools.metadata.translation import ModuleFacts, carry_over, kohya_metadata, network_metadata
 from loratools.tensors.base import TensorRef
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.views import reshaped, sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from loratools.adapter import Adapter, Module
     from loratools.architectures.base import Architecture, Component
     from loratools.dtypes import Array
     from loratools.formats.fusing import Kept
 
-__all__ = ["ALPHA", "BLANK_HASHES", "Sheet", "lycoris_tensors", "require_dialect", "spell", "without_alpha"]
+__all__ = [
+    "ALPHA",
+    "BLANK_HASHES",
+    "Sheet",
+    "lycoris_tensors",
+    "name_model",
+    "require_dialect",
+    "spell",
+    "without_alpha",
+]
 
 ALPHA = "alpha"
 _UNSCALED = {"full", "norm", "set", "ia3", "oftv2"}
@@ -33,7 +44,16 @@ _CONSTRAINED = {"oft", "boft"}  # whose alpha is no divisor but a limit
 _LARGEST = 3e38
 # Hashes that a file stated, and will state of its new bytes: they have these lengths, and are filled in at the end.
 BLANK_HASHES = {MODEL: "0" * 64, LEGACY: "0" * 8, MODELSPEC: "0x" + "0" * 64}
-_NAMING = {"kohya", "comfy", "diffusers"}  # dialects whose files say which model they belong to
+# Keys that name the model -> which of an architecture's names that is.
+_NAMES = {"ss_base_model_version": "base_model", "modelspec.architecture": "modelspec"}
+_IMPLEMENTATION = "modelspec.implementation"
+_PLAIN = {"lora", "dora"}
+_LORA, _LYCORIS = "networks.lora", "lycoris.kohya"
+_TRAINERS = {
+    "flux1": "networks.lora_flux",
+    "chroma": "networks.lora_flux",
+}  # those whose adapters another one reads
+_ALGORITHMS = {"oft": "diag-oft", "oftv2": "diag-oft"}  # kinds that LyCORIS calls something else
 
 
 @dataclass(slots=True)
@@ -100,27 +120,78 @@ class Sheet:
         return Written({key: self.tensors[key] for key in order}, said, weights=weights, lost=self.lost)
 
     def metadata(self, adapter: Adapter, architecture: Architecture | None) -> dict[str, str]:
-        """What the adapter's metadata say that is still true of the file, and the model's names in it."""
+        """What the adapter's metadata say that is still true of the file; nothing that they do not say of the model."""
         kept, _ = carry_over(adapter.metadata)
+        if implementation := adapter.metadata.get(
+            _IMPLEMENTATION
+        ):  # without which the others are no ModelSpec
+            kept[_IMPLEMENTATION] = implementation
         kept |= {key: blank for key, blank in BLANK_HASHES.items() if key in adapter.metadata}
-        said = {} if architecture is None else architecture.metadata
-        if self.dialect == "kohya":
-            kept |= self._training(said)
-        if self.dialect in _NAMING and "modelspec" in said:
-            kept |= modelspec_metadata(said["modelspec"], title=facts(adapter.metadata).get("title"))
-        return kept
+        if architecture is not None:
+            kept |= _corrected(kept, architecture, architecture.instead_of)
+        return kept | (self._training(adapter, architecture) if self.dialect == "kohya" else {})
 
-    def _training(self, said: Mapping[str, str]) -> dict[str, str]:
-        """The ``ss_`` keys that tools look for: what the modules are, as far as they are of one kind."""
+    def _training(self, adapter: Adapter, architecture: Architecture | None) -> dict[str, str]:
+        """The ``ss_network_`` keys: what was said, where it is true; what tools look for, where nothing was."""
         plain, convolutions = ({name: told for name, (told, conv) in self.ranks.items() if conv is is_conv}
                                for is_conv in (False, True))  # fmt: skip
-        kinds = self.kinds - {"full", "norm"}
-        algo = next(iter(kinds)) if len(kinds) == 1 and not kinds <= {"lora", "dora"} else None
-        if kinds and kinds <= {"lora", "dora"} and self.kinds - kinds:
-            algo = "locon"
-        return kohya_metadata(
-            plain, convolutions=convolutions, base_model_version=said.get("base_model"), algo=algo
-        )
+        said = network_metadata(adapter.metadata, plain, convolutions=convolutions, kinds=self.kinds)
+        if said:
+            return said
+        found = kohya_metadata(
+            plain, convolutions=convolutions, algo=self._algorithm(),
+            base_model_version=_version(adapter, architecture),
+        )  # fmt: skip
+        module = _trainer(adapter, architecture) if self.kinds <= _PLAIN else _LYCORIS
+        if module is None:
+            del found["ss_network_module"]
+            return found
+        return {**found, "ss_network_module": module}
+
+    def _algorithm(self) -> str | None:
+        """LyCORIS' name of what made the modules; None for plain LoRA, and for several kinds beside each other."""
+        kinds = self.kinds - {"full", "norm"} or self.kinds & {"full"}
+        if kinds <= _PLAIN:
+            return "locon" if kinds and self.kinds - kinds else None
+        return next((_ALGORITHMS.get(kind, kind) for kind in kinds), None) if len(kinds) == 1 else None
+
+
+def name_model(metadata: Mapping[str, str], dialect: str, architecture: Architecture) -> dict[str, str]:
+    """Metadata that name the model which the user named.
+
+    What they say already stays, unless it is another model; kohya's tools look for one key.
+    """
+    own = architecture.metadata.get("base_model")
+    stated = {"ss_base_model_version": own} if dialect == "kohya" and own else {}
+    return {**stated, **metadata, **_corrected(metadata, architecture)}
+
+
+def _corrected(
+    metadata: Mapping[str, str], architecture: Architecture, others: Collection[str] = ()
+) -> dict[str, str]:
+    """The names of models in metadata that are those of another family than these, as they should be."""
+    right, found = {architecture.name, *others}, {}
+    for key, name in _NAMES.items():
+        families = called(metadata.get(key, ""))
+        if families and right.isdisjoint(families) and name in architecture.metadata:
+            found[key] = architecture.metadata[name]
+    return found
+
+
+def _version(adapter: Adapter, architecture: Architecture | None) -> str | None:
+    """The model as kohya's scripts call it, where the file says in other words which it is."""
+    if architecture is None or adapter.metadata.get("ss_base_model_version"):
+        return None
+    words = (adapter.metadata.get("modelspec.architecture"), adapter.config.base_model)
+    named = any(architecture.name in called(text) for text in words if text)
+    return architecture.metadata.get("base_model") if named else None
+
+
+def _trainer(adapter: Adapter, architecture: Architecture | None) -> str | None:
+    """The module of kohya's scripts that reads plain LoRA of a model; None where it may be one or another."""
+    families = (architecture.name,) if architecture is not None else candidates(adapter)
+    found = {_TRAINERS.get(family, _LORA) for family in families} or {_LORA}
+    return found.pop() if len(found) == 1 else None
 
 
 def spell(

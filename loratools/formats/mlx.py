@@ -23,7 +23,7 @@ from loratools.tensors.pieces import slab
 from loratools.tensors.views import placed, reshaped, stacked, transposed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from loratools.architectures.base import Architecture
     from loratools.tensors.base import TensorSource
@@ -32,6 +32,7 @@ __all__ = ["WEIGHTS_NAME", "read_mlx", "write_mlx"]
 
 WEIGHTS_NAME = "adapters.safetensors"
 ALL_LAYERS = -1  # of num_layers; modules are named in full, so that the number decides nothing
+_HEAD = "lm_head"
 _KEY = re.compile(r"(?P<path>.+)\.(?P<word>lora_a|lora_b|m)")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding", "embed_in")
 
@@ -246,7 +247,12 @@ def _refusal(raw: Mapping[str, Any], modules: Mapping[str, Module]) -> tuple[str
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def write_mlx(adapter: Adapter, architecture: Architecture | None = None) -> Written:
+def write_mlx(
+    adapter: Adapter,
+    architecture: Architecture | None = None,
+    *,
+    base_config: Mapping[str, Any] | None = None,
+) -> Written:
     """An adapter as MLX-LM loads it. Reads values only where a scale must be folded into a factor.
 
     Smaller ranks are padded with zeros, since MLX has one rank; of several scales the commonest is written, and the
@@ -255,6 +261,7 @@ def write_mlx(adapter: Adapter, architecture: Architecture | None = None) -> Wri
     Args:
         adapter: of a language model, under Hugging Face's names.
         architecture: not needed.
+        base_config: the base's ``config.json``: whether its embeddings are tied.
 
     Raises:
         Unsupported: none of its modules can be written, or nothing says a scale.
@@ -263,6 +270,15 @@ def write_mlx(adapter: Adapter, architecture: Architecture | None = None) -> Wri
     pairs, lost = plain_pairs(adapter, dora=True)
     named, unknown = _named(pairs)
     lost |= unknown
+    tied = _tied(base_config)
+    if tied:
+        for path in [path for path in named if path.rpartition(".")[2] == _HEAD]:
+            del named[path]
+            lost |= {
+                name: "the base's embeddings are tied: its model in MLX has no lm_head, and refuses to load one"
+                for name in pairs
+                if _spelled(name) == path
+            }
     if not named:
         raise Unsupported(f"{adapter.name}: none of its modules can be written for MLX", hint=_first(lost))
     scale = commonest(pair.scaling for members in named.values() for pair in members)
@@ -278,7 +294,41 @@ def write_mlx(adapter: Adapter, architecture: Architecture | None = None) -> Wri
             hint="merge it into the base, and extract a LoRA from the two",
         )
     config = _config(adapter, tuple(named), rank, scale, dora=dora == {True})
-    return Written(tensors, {"format": "mlx"}, {CONFIG_NAME: config}, WEIGHTS_NAME, lost)
+    files, warnings = {CONFIG_NAME: config}, _doubts(named, tied)
+    return Written(tensors, {"format": "mlx"}, files, WEIGHTS_NAME, lost, warnings)
+
+
+def _tied(config: Mapping[str, Any] | None) -> bool | None:
+    """Whether input and output embedding of a base are one weight; None where nothing says so."""
+    if not config:
+        return None
+    text = config.get("text_config")
+    for section in (text if isinstance(text, dict) else {}, config):
+        if isinstance(section.get("tie_word_embeddings"), bool):
+            return bool(section["tie_word_embeddings"])
+        if str(section.get("model_type")).startswith("gemma"):  # MLX has no other
+            return True
+    return None
+
+
+def _doubts(paths: Iterable[str], tied: bool | None) -> tuple[str, ...]:
+    """What MLX does otherwise than PEFT with the embeddings of a base that are tied, or may be."""
+    last = {path.rpartition(".")[2]: path for path in paths}
+    embedding = next((last[word] for word in _EMBEDDINGS if word in last), None)
+    if tied is False:
+        return ()
+    found = []
+    whether = "" if tied else "if the base's embeddings are tied, "
+    if embedding is not None:
+        found.append(
+            f"{embedding}: {whether}MLX adds it to the output embedding too, and PEFT to the input alone: "
+            "the model computes something else"
+        )
+    if _HEAD in last:
+        found.append(
+            f"{last[_HEAD]}: {whether}MLX has no such module and refuses the adapter: --base says it"
+        )
+    return tuple(found)
 
 
 def _first(lost: Mapping[str, str]) -> str | None:

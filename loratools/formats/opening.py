@@ -308,7 +308,7 @@ def _open_weights(path: Path, allow_pickle: bool) -> TensorSource:
         from loratools.tensors.npz import NpzFile
 
         return cast("TensorSource", NpzFile(path, allow_pickle=allow_pickle))
-    if start.startswith(_GGUF):
+    if start.startswith(_GGUF) or (not start and path.suffix == ".gguf"):  # which says that it is empty
         from loratools.tensors.gguf import GgufFile
 
         return cast("TensorSource", GgufFile(path))

@@ -93,14 +93,14 @@ def written(adapter: Adapter, architecture: Architecture | None) -> Written:
     Raises:
         Unsupported: PEFT has no way to say this; no architecture says what its names mean.
     """
-    from loratools.formats.diffusers import components, denoiser
+    from loratools.formats.diffusers import components, denoiser, unmixed
     from loratools.formats.keys import Sheet, without_alpha
 
     sheet = Sheet("peft")
     if adapter.format != "peft":
         extras: dict[str, Extra] = {}
         if architecture is None and adapter.format not in _DIFFUSION:
-            modules = dict(adapter.modules)
+            modules = unmixed(sheet, "", adapter.modules)
             extras = {key: extra for key, extra in adapter.extras.items() if extra.role == "replacement"}
         else:
             found = components(sheet, adapter, architecture)

@@ -83,7 +83,7 @@ def read_dialect(
 
 
 def broken_groups(source: TensorSource) -> dict[str, tuple[Problem, tuple[str, ...]]]:
-    """Modules that cannot be one: their problem, and the tensors concerned."""
+    """Modules that cannot be one: their problem, and the tensors concerned, the one at fault first."""
     try:
         return _read("the file", source, None).broken
     except AmbiguousFormat:  # which whoever opened it has said
@@ -127,7 +127,7 @@ def _read(name: str, source: TensorSource, alpha: float | None) -> _Read:
             read.modules[module_name] = module
             continue
         refs = tuple(group.tensors.values())
-        read.broken[refs[0].name] = module, tuple(ref.name for ref in refs)
+        read.broken[group.stem] = module, _by_mention(module.text, [ref.name for ref in refs])
         read.extras |= {ref.name: Extra(ref, module_name, "unclaimed", module.text) for ref in refs}
         read.kinds = tuple(group.families) or read.kinds
     for key in source.specs:
@@ -135,6 +135,16 @@ def _read(name: str, source: TensorSource, alpha: float | None) -> _Read:
             read.extras[key] = _extra(TensorRef(source, key))
     read.warnings = scales.warnings(read.modules)
     return read
+
+
+def _by_mention(text: str, keys: list[str]) -> tuple[str, ...]:
+    """Keys in the order in which a text names them, then those that it does not.
+
+    >>> _by_mention("q.up and q.down differ", ["q.alpha", "q.down", "q.up"])
+    ('q.up', 'q.down', 'q.alpha')
+    """
+    order = {key: text.find(key) for key in keys}
+    return tuple(sorted(keys, key=lambda key: (order[key] < 0, order[key], -len(key))))
 
 
 def _keys(name: str, source: TensorSource) -> tuple[dict[str, Key], Names]:

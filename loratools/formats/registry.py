@@ -31,6 +31,7 @@ class Written:
         files: small files beside the weights, by name.
         weights: the weight file's name in a folder; its ending is that of a single file.
         lost: keys and module names that the format has no place for, each with the reason.
+        warnings: what a program that loads it does otherwise than the adapter means.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -38,6 +39,7 @@ class Written:
     files: Mapping[str, bytes] = field(default_factory=dict)
     weights: str = "adapter_model.safetensors"
     lost: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Format:
         folder: whether it is a folder by nature, so that a configuration lies beside the weights.
         computes: whether verbs compute with what is read from it.
         diffusion: whether its names are those of diffusion models, which only an architecture explains.
+        narrow: whether it has names for some modules of its models only.
+        needs_base: whether its writer asks for the base's ``config.json``, as ``base_config``.
         aliases: other names for it.
     """
 
@@ -64,6 +68,8 @@ class Format:
     folder: bool = False
     computes: bool = True
     diffusion: bool = False
+    narrow: bool = False
+    needs_base: bool = False
     aliases: tuple[str, ...] = ()
 
     def write(self, adapter: Adapter, architecture: Architecture | None = None, **options: Any) -> Written:
@@ -111,14 +117,15 @@ FORMATS: dict[str, Format] = _formats(
     ),
     Format(
         "mlx", "MLX", ("lora", "dora"), ("lora_a and lora_b in adapters.safetensors",),
-        "loratools.formats.mlx:write_mlx", folder=True,
+        "loratools.formats.mlx:write_mlx", folder=True, needs_base=True,
     ),
     Format(
         "gguf", "GGUF of llama.cpp", ("lora",), ("general.type is adapter",), "loratools.formats.gguf:write_gguf",
+        needs_base=True,
     ),
     Format(
         "xlabs", "XLabs x-flux", ("lora",), ("processor.qkv_lora1 keys",),
-        "loratools.formats.flux_dialects:write_xlabs", diffusion=True,
+        "loratools.formats.flux_dialects:write_xlabs", diffusion=True, narrow=True,
     ),
     Format(
         "onetrainer", "OneTrainer", (*_LYCORIS, *_WITH_BASE), ("lora_transformer_... keys",),
@@ -126,11 +133,11 @@ FORMATS: dict[str, Format] = _formats(
     ),
     Format(
         "bfl-control", "Black Forest Labs control LoRA", ("lora", "set"), ("double_blocks... with lora_B.bias",),
-        "loratools.formats.flux_dialects:write_control", diffusion=True,
+        "loratools.formats.flux_dialects:write_control", diffusion=True, narrow=True,
     ),
     Format(
         "cloneofsimo", "cloneofsimo/lora", ("lora",), ("unet:0:up",),
-        "loratools.formats.cloneofsimo:write_cloneofsimo", diffusion=True,
+        "loratools.formats.cloneofsimo:write_cloneofsimo", diffusion=True, narrow=True,
     ),
     Format("loralib", "loralib and merged-linear", ("lora",), ("lora_A and lora_B without .weight",)),
 )  # fmt: skip

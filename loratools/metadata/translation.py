@@ -8,6 +8,7 @@ reason. All functions are pure, on names and numbers.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from loratools.errors import Unsupported
 from loratools.metadata.hashes import HASHES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 __all__ = [
     "DIALECTS",
@@ -26,7 +27,7 @@ __all__ = [
     "diffusers_metadata",
     "facts",
     "kohya_metadata",
-    "modelspec_metadata",
+    "network_metadata",
     "say_facts",
 ]
 
@@ -138,7 +139,7 @@ def kohya_metadata(
 
     Args:
         modules: linear ones and 1x1 convolutions, by name.
-        convolutions: those with larger kernels, which kohya's tools call conv_dim and conv_alpha.
+        convolutions: those with larger kernels, whose rank and alpha LyCORIS calls conv_dim and conv_alpha.
         network_module: of the trainer that reads such files; by default ``networks.lora``, and ``lycoris.kohya`` where
             there is an ``algo``.
         base_model_version: such as ``sd_v1``, where it is known.
@@ -158,52 +159,100 @@ def kohya_metadata(
     if first:
         found["ss_network_dim"] = _same(module.rank for module in first.values())
         found["ss_network_alpha"] = _same(module.alpha for module in first.values())
-    arguments = {} if algo is None else {"algo": algo}
+    if algo is None:
+        return found
+    arguments = {"algo": algo}
     if convolutions:
         arguments["conv_dim"] = _same(module.rank for module in convolutions.values())
         arguments["conv_alpha"] = _same(module.alpha for module in convolutions.values())
-    if arguments:
-        found["ss_network_args"] = json.dumps(arguments)
+    found["ss_network_args"] = json.dumps(arguments)
     return found
+
+
+_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+_DYNAMIC = "Dynamic"
+# What trainers call an algorithm -> the kind of the modules it makes. Those not named here make plain LoRA.
+_ALGORITHMS = {
+    "loha": "loha", "lokr": "lokr", "ia3": "ia3", "glora": "glora", "full": "full", "oft": "oft", "diag-oft": "oft",
+    "boft": "boft",
+}  # fmt: skip
+_ROUNDED = 2.0**-8  # relative: an alpha stored in bfloat16 is still the one that was said
+
+
+def network_metadata(
+    metadata: Mapping[str, str],
+    modules: Mapping[str, ModuleFacts],
+    *,
+    convolutions: Mapping[str, ModuleFacts] | None = None,
+    kinds: Collection[str] = (),
+) -> dict[str, str]:
+    """What a file says of its network, as far as it is true of these modules; ranks and alphas are made true.
+
+    >>> network_metadata({"ss_network_module": "networks.lora_fa", "ss_network_dim": "8"}, {"a": ModuleFacts(4, 4.0)})
+    {'ss_network_module': 'networks.lora_fa', 'ss_network_dim': '4'}
+
+    Args:
+        metadata: of the file that was read.
+        modules: linear ones and 1x1 convolutions that will be written, by name.
+        convolutions: those with larger kernels.
+        kinds: of all modules that will be written; none where they are not known.
+
+    Returns:
+        Keys and values; none where nothing is said, or where the algorithm that is said made other modules.
+    """
+    convolutions = convolutions or {}
+    said = {key: metadata[key] for key in _NETWORK if key in metadata}
+    arguments = _arguments(said.get("ss_network_args", ""))
+    module = said.get("ss_network_module", "")
+    algorithm = module.rpartition(".")[2] if module.startswith("networks.") else arguments.get("algo")
+    made = _ALGORITHMS.get(str(algorithm).lower())
+    if made is not None and kinds and made not in kinds:
+        return {}
+    first = (modules or convolutions).values()
+    ranks, alphas = [one.rank for one in first], [one.alpha for one in first]
+    for key, values in (("ss_network_dim", ranks), ("ss_network_alpha", alphas)):
+        if key in said:
+            said[key] = _restated(said[key], values)
+    told: dict[str, Sequence[float]] = {
+        "dim": ranks,
+        "conv_dim": [one.rank for one in convolutions.values()],
+        "conv_alpha": [one.alpha for one in convolutions.values()],
+    }
+    true = {key: _restated(str(arguments[key]), values) for key, values in told.items() if key in arguments}
+    if changed := {key: text for key, text in true.items() if text != str(arguments[key])}:
+        said["ss_network_args"] = json.dumps({**arguments, **changed})
+    return said
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """The arguments of a network, which are JSON; none where they are something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _restated(text: str, values: Sequence[float]) -> str:
+    """A rank or an alpha as it was said, where most modules have it; else what is true."""
+    distinct = {*values}
+    if not distinct or (text == _DYNAMIC and len(distinct) > 1):
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        return _same(values) if text == _DYNAMIC else text
+    return text if math.isclose(number, _most(values), rel_tol=_ROUNDED) else _same(values)
 
 
 def _same(values: Iterable[float]) -> str:
     """The value all have, as text; "Dynamic" where they differ."""
     distinct = {*values}
-    return _number(distinct.pop()) if len(distinct) == 1 else "Dynamic"
+    return _number(distinct.pop()) if len(distinct) == 1 else _DYNAMIC
 
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
-
-
-def modelspec_metadata(
-    architecture: str | None,
-    *,
-    title: str | None = None,
-    implementation: str | None = None,
-    resolution: str | None = None,
-    **further: str | None,
-) -> dict[str, str]:
-    """ModelSpec 1.0.1, as far as it is known.
-
-    >>> modelspec_metadata("flux-1-dev/lora", title="Ink", author="A. Author", date=None)["modelspec.author"]
-    'A. Author'
-
-    Args:
-        architecture: such as ``flux-1-dev/lora``; without one there is nothing to say.
-        title: of the adapter.
-        implementation: of the code whose names the modules have.
-        resolution: it was trained at, such as ``1024x1024``.
-        further: other fields of the specification, without the prefix; None is left out.
-    """
-    if architecture is None:
-        return {}
-    fields = {
-        "sai_model_spec": "1.0.1", "architecture": architecture, "implementation": implementation, "title": title,
-        "resolution": resolution, **further,
-    }  # fmt: skip
-    return {f"modelspec.{name}": value for name, value in fields.items() if value is not None}
 
 
 def diffusers_metadata(

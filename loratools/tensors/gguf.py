@@ -39,6 +39,10 @@ _SHOWN = 1_000  # items of an array that are kept
 # ggml's types that safetensors has too, by their name; the others are quantised blocks.
 _PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 _STRING, _ARRAY = 8, 9
+_UINT32 = 4
+_ALIGNMENT = 32  # of the tensors' data, where general.alignment does not say it
+_SIZES = {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2}  # bytes of an element of ggml's plain types
+_AGAIN = "fetch it again, or write it again"
 _WIDTHS = {
     0: 1,
     1: 1,
@@ -136,7 +140,7 @@ def _read(path: str) -> tuple[dict[str, TensorSpec], dict[str, Any], dict[str, i
         specs[name] = TensorSpec(DTYPES[kind], shape)
         offsets[name] = int(tensor.data_offset)
         if offsets[name] + specs[name].nbytes > size:
-            raise CorruptFile(path, f"{name} ends after the file does", hint="fetch it again")
+            raise _truncated(path, f"{name} ends after byte {size:,}, where the file does")
     return specs, fields, offsets
 
 
@@ -155,6 +159,8 @@ def _require_sane(file: File) -> None:
         CorruptFile: they do; or it is no GGUF file of version 2 or 3, least significant byte first.
     """
     walk = _Walk(file)
+    if not walk.size:
+        raise CorruptFile(file.path, "is empty", hint=_AGAIN)
     if walk.take(4) != MAGIC:
         raise CorruptFile(file.path, "does not begin with GGUF")
     version = walk.number("<I")
@@ -164,18 +170,30 @@ def _require_sane(file: File) -> None:
             file.path, f"is GGUF {what}; versions 2 and 3, least significant byte first, are read"
         )
     tensors, fields = walk.count("tensors", MAX_TENSORS), walk.count("metadata fields", MAX_FIELDS)
+    alignment, end = _ALIGNMENT, 0
     for _ in range(fields):
-        walk.skip_text()
-        walk.value(walk.number("<I"))
+        key, kind = walk.text(), walk.number("<I")
+        if (key, kind) == ("general.alignment", _UINT32):
+            alignment = walk.number("<I") or _ALIGNMENT
+        else:
+            walk.value(kind)
     for _ in range(tensors):
         name = walk.text()
         dimensions = walk.number("<I")
         if dimensions > MAX_DIMENSIONS:
             raise CorruptFile(file.path, f"{quoted(name)} has {dimensions:,} dimensions")
         shape = [walk.number("<Q") for _ in range(dimensions)]
-        walk.skip(12)  # the type, and the offset
+        size, offset = _SIZES.get(walk.number("<I"), 0), walk.number("<Q")
+        end = max(end, offset + size * prod(shape))
         if prod(n or 1 for n in shape) > walk.size * 8:
             raise CorruptFile(file.path, f"{quoted(name)}: shape {shape} does not fit into the file")
+    needed = -(-walk.place // alignment) * alignment + end if end else walk.place
+    if needed > walk.size:
+        raise _truncated(file.path, f"{walk.size:,} bytes of {needed:,}")
+
+
+def _truncated(path: str, how: str) -> CorruptFile:
+    return CorruptFile(path, f"is truncated: {how}", hint=_AGAIN)
 
 
 class _Walk:
@@ -191,7 +209,7 @@ class _Walk:
 
     def skip(self, count: int) -> None:
         if self.place + count > self.size:
-            raise CorruptFile(self.path, f"the header ends at byte {self.size:,}; more was expected")
+            raise _truncated(self.path, f"the header ends at byte {self.size:,}; more was expected")
         self.place += count
 
     def take(self, count: int) -> bytes:

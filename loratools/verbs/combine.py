@@ -77,6 +77,7 @@ class CombinePlan:
         force: an output that loratools made may be replaced.
         to: the format of the result; None for that of the adapters.
         block_weights: as they were given, for the record.
+        base_config: the ``config.json`` of ``base``, for formats that ask for it.
         warnings: what a careful user should read.
     """
 
@@ -95,10 +96,14 @@ class CombinePlan:
     warnings: tuple[str, ...]
     to: str | None = None
     block_weights: tuple[str, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
     def rank_of(self, item: Item) -> int:
         """The rank a module of the result has: what is asked for, or the sum of the adapters'."""
-        return self.rank or sum(stored_rank(module) for _, module in item.modules)
+        if self.rank is not None:
+            return self.rank
+        total = sum(stored_rank(module) for _, module in item.modules)
+        return min(total, *flat_shape(item.like.shape)) if item.capped and not self.method.legacy else total
 
     def peak_bytes(self, jobs: int) -> int:
         """An upper bound on the memory needed: all results, and one matrix after another for each worker."""
@@ -116,6 +121,7 @@ class CombinePlan:
         described = describe_save(
             _as_planned(self), self.output or Path("combined"), verb="combine", reads=self.adapters,
             format=self.to, arch=self.pairing.architecture or None, dtype=self.dtype, force=self.force,
+            base_config=self.base_config,
         )  # fmt: skip
         return {
             **described,
@@ -189,6 +195,7 @@ def plan_combine(
         ),
         to=_settled_format(opened[0], pairing, to),
         block_weights=(block_weights,) if isinstance(block_weights, str) else tuple(block_weights or ()),
+        base_config=None if model is None else model.config,
     )
 
 
@@ -197,7 +204,8 @@ def _settled_format(first: Adapter, pairing: Pairing, to: str | None) -> str | N
     if to is not None or not pairing.architecture:
         return to
     own = FORMATS.get(first.format)
-    return None if own is not None and own.writer and own.diffusion else "diffusers"
+    keeps = own is not None and own.writer and own.diffusion and not own.narrow
+    return None if keeps else "diffusers"
 
 
 def combine(
@@ -242,7 +250,8 @@ def combine(
         out: a folder that does not exist yet, or a file ending in ``.safetensors``; None keeps the result in memory.
         weights: what each adapter's delta is multiplied by; 1 where nothing is given.
         method: one of :data:`loratools.methods.METHODS`.
-        rank: of every module of the result; by default what the method gives, for a sum the sum of the ranks.
+        rank: of every module of the result; by default what the method gives, for a sum the sum of the ranks (of
+            LoHa, LoKr and whole matrices no more than the smaller side).
         base: a model both belong to, where their names alone do not match them.
         arch: the architecture of that model, such as ``"sdxl"``; by default, what names and shapes say.
         block_weights: what modules are multiplied by besides, by block or name, as for :func:`loratools.merge`.
@@ -316,7 +325,7 @@ def run_combine(
         saved = save(
             adapter, planned.output, format=planned.to, arch=planned.pairing.architecture or None,
             dtype=planned.dtype, force=planned.force, sync=sync, provenance=_provenance(planned),
-            inputs=list_inputs(planned.adapters, planned.base),
+            inputs=list_inputs(planned.adapters, planned.base), base_config=planned.base_config,
         )  # fmt: skip
         written = saved.bytes
     return _report(planned, results, adapter, modules, written, started, workers)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.adapter import Adapter, AdapterConfig, Extra, Module
+from loratools.canonical import HINTS
 from loratools.formats.registry import is_diffusion
 from loratools.matrices import lora_module
 from loratools.naming import FUSED_EXPERTS
@@ -60,13 +61,19 @@ def make_adapter(
         format=first.format if is_diffusion(first.format) else "peft",
         modules=modules,
         config=_config(adapters),
-        metadata={},
+        metadata={key: first.metadata[key] for key in HINTS if _agreed(adapters, key)},
         extras=extras,
         evidence="combined",
         kinds=("lora",),
         warnings=(),
         tensors=tuple(ref for module in modules.values() for ref in module.tensors.values()),
     )
+
+
+def _agreed(adapters: Sequence[Adapter], key: str) -> bool:
+    """Whether all metadata have a key, and say the same."""
+    said = {adapter.metadata.get(key) for adapter in adapters}
+    return len(said) == 1 and None not in said
 
 
 def _config(adapters: Sequence[Adapter]) -> AdapterConfig:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Combined", "Item", "combine_one"]
 
 
+_PAIRS = {"lora", "adalora"}
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One module of the result.
@@ -43,6 +46,11 @@ class Item:
     double: bool
     kernel: tuple[int, ...] = ()
     biased: bool = False
+
+    @property
+    def capped(self) -> bool:
+        """Whether its rank is held to its smaller side: not all of its modules are pairs to put side by side."""
+        return self.rank is None and any(module.kind not in _PAIRS for _, module in self.modules)
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +121,8 @@ def combine_one(
         results.append(_run(item.name, stack, method, options))
     norms = [result.norm for result in results]
     factors = tuple(_finite(item.name, result.delta) for result in results)
+    if item.capped and not method.legacy:
+        factors = tuple(_finite(item.name, _capped(delta)) for delta in factors)
     rounded = [_rounding(delta, dtype) for delta in factors] if dtype is not None else []
     return Combined(
         factors=factors,
@@ -122,6 +132,20 @@ def combine_one(
         rounding=_length([apart for apart, _ in rounded]),
         size=_length([size for _, size in rounded]),
     )
+
+
+def _capped(delta: LowRank) -> LowRank:
+    """The same delta at no more rank than its shape allows: formed in float64, beside an identity."""
+    import numpy as np
+
+    from loratools.deltas.algebra import factored
+    from loratools.deltas.full import Dense
+
+    if delta.up.shape[1] <= min(delta.shape):
+        return delta
+    whole = factored(delta)
+    values = whole.up.astype(np.float64, copy=False) @ whole.down.astype(np.float64, copy=False)
+    return factored(Dense(values.astype(whole.up.dtype, copy=False)))
 
 
 def _rounding(delta: LowRank, dtype: str) -> tuple[float, float]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter import Adapter, require_own_rank
 from loratools.architectures.base import architecture as named_architecture
 from loratools.architectures.detect import detect
-from loratools.canonical import find_architecture, fits, places
+from loratools.canonical import fits, places
 from loratools.deltas.likeness import ratio
 from loratools.errors import Mismatch, NotFound, OverBudget, UnknownFormat, Unsupported
 from loratools.executors.base import make_executor
 from loratools.formats.fusing import split_adapter
 from loratools.formats.gguf import read_gguf_bytes, with_base
+from loratools.formats.keys import name_model
 from loratools.formats.opening import Opened, interpret, open_adapter
 from loratools.formats.peft_config import CONFIG_NAME, read_config
 from loratools.formats.registry import find_format
@@ -29,9 +30,11 @@ from loratools.running import default_jobs, gather
 from loratools.tensors.memory import MemorySource
 from loratools.tensors.safetensors import SafetensorsFile
 from loratools.tensors.views import sources
+from loratools.verbs.convert_base import require_base
 from loratools.verbs.convert_report import ConvertedModule, ConvertReport, Loss
 from loratools.verbs.convert_work import Judged, Twin, judge, norm_before
 from loratools.verbs.saving import (
+    find_naming,
     float_dtype,
     identify_adapter,
     input_paths,
@@ -87,13 +90,13 @@ class _Task:
         known = {} if self.architecture is None else places(self.adapter, self.architecture)
         odd = [name for name, place in known.items() if not fits(self.adapter.modules[name], place)]
         if not odd or self.architecture is None:
-            return self.adapter.warnings
+            return (*self.adapter.warnings, *self.written.warnings)
         shape = "x".join(map(str, self.adapter.modules[odd[0]].shape))
         told = (
             f"{len(odd)} of {len(known)} modules are of another size than in {self.architecture.title} "
             f"({odd[0]} is {shape}): the names alone were changed"
         )
-        return (*self.adapter.warnings, told)
+        return (*self.adapter.warnings, *self.written.warnings, told)
 
 
 def convert(
@@ -128,7 +131,8 @@ def convert(
         out: a file, or a folder to make; None keeps the result in memory.
         to: the format: ``kohya``, ``diffusers``, ``comfy``, ``peft``, ``mlx``, ``gguf``.
         base: the base model, which says the architecture by its tensors' names and shapes; GGUF needs its
-            ``config.json``.
+            ``config.json``, and MLX learns from it whether the embeddings are tied. A language model's adapter must
+            fit it.
         arch: the architecture by name; by default, what the modules' names and shapes say.
         allow_loss: keys or modules that may be left out: names, or patterns with ``*``.
         config: the configuration, where it does not lie beside the weights.
@@ -149,7 +153,7 @@ def convert(
     Raises:
         InputError: the adapter cannot be read.
         Unsupported: the format cannot hold a part of it; nothing says which model it belongs to.
-        Mismatch: the result does something else; the adapter does not fit the architecture.
+        Mismatch: the result does something else; the adapter does not fit the architecture, or the base.
         OverBudget: more memory is needed than ``max_memory`` allows.
         OutputExists: ``out`` exists, or overlaps an input.
     """
@@ -196,8 +200,10 @@ def plan_convert(
 
     Arguments and errors are those of :func:`convert`.
     """
-    adapter.require_computable()
     model = None if base is None else _base(base, to)
+    if model is not None:
+        adapter = with_base(adapter, model.config)
+    adapter.require_computable()
     require_place(Path(out), _inputs(adapter, model), force=force)
     task = _prepare(
         adapter,
@@ -264,12 +270,12 @@ def _require_memory(task: _Task, allowed: int | None) -> None:
 
 
 def _base(base: Ref | Mapping[str, Any], to: str) -> BaseModel:
-    """The base; for GGUF, which needs its configuration alone, a folder without weights will do."""
+    """The base; for formats that ask for its configuration alone, a folder without weights will do."""
     try:
         return open_base(base)
     except (NotFound, UnknownFormat):
         beside = Path(base) / "config.json" if isinstance(base, (str, os.PathLike)) else None
-        if beside is None or find_format(to).name != "gguf" or not beside.is_file():
+        if beside is None or not find_format(to).needs_base or not beside.is_file():
             raise
         return BaseModel(beside.parent, "folder", MemorySource({}), {}, config=read_config(beside))
 
@@ -311,21 +317,29 @@ def _prepare(
     for name, module in adapter.modules.items():
         require_own_rank(adapter.name, name, module)
     architecture, evidence = None, "the names are the same in both formats"
+    if arch is not None:
+        named_architecture(arch)  # refused where there is none of this name, though the format needs none
     if names_depend(adapter, target):
-        architecture, evidence = _architecture(adapter, model, arch)
+        architecture, evidence = _architecture(adapter, target, model, arch)
     options: dict[str, Any] = {}
+    if target.needs_base:
+        options["base_config"] = None if model is None else model.config
     if target.name == "gguf":
-        options = {"base_config": None if model is None else model.config, "dtype": dtype}
+        options["dtype"] = dtype
     written = target.write(adapter, architecture, **options)
     written = replace(written, lost={**written.lost, **_unread(adapter)})
+    if target.diffusion and architecture is not None and (arch is not None or model is not None):
+        written = replace(written, metadata=name_model(written.metadata, target.name, architecture))
     require_nothing_lost(adapter.name, target.name, written.lost, allow_loss)
+    if model is not None and architecture is None:
+        require_base(adapter, model, leave=written.lost)
     if not written.tensors and not written.files:
         raise Unsupported(f"{adapter.name}: {target.name} has no place for any of its modules")
     return _Task(adapter, target, architecture, evidence, written, dtype, workers, on_step)
 
 
 def _architecture(
-    adapter: Adapter, model: BaseModel | None, arch: str | None
+    adapter: Adapter, target: Format, model: BaseModel | None, arch: str | None
 ) -> tuple[Architecture | None, str]:
     """The architecture, and what says so; None where only names that stay can be written."""
     if arch is not None:
@@ -343,11 +357,8 @@ def _architecture(
                 hint="--arch says which it is, of those loratools formats lists",
             )
         return named_architecture(found.architecture), f"{model.name}: {found.evidence}"
-    own = find_architecture(adapter)
-    return (
-        own,
-        "the names and shapes of its modules" if own is not None else "no architecture has such modules",
-    )
+    own = find_naming(adapter, target)
+    return own, "the names and shapes of its modules" if own is not None else "its names stay as they are"
 
 
 def _unread(adapter: Adapter) -> dict[str, str]:
@@ -510,10 +521,19 @@ def _report(
         modules=modules,
         lost=tuple(Loss(name, reason) for name, reason in task.written.lost.items()),
         dropped=tuple(key for key in dropped if key not in task.written.tensors),
-        warnings=task.warnings,
+        warnings=(*task.warnings, *_unbounded(judged)),
         bytes=size,
         adapter=back,
     )
+
+
+def _unbounded(found: list[Judged]) -> tuple[str, ...]:
+    """That some values are not finite, which a change of names carries over."""
+    keys = [judged.unbounded for judged in found if judged.unbounded is not None]
+    if not keys:
+        return ()
+    more = f" (and so do {len(keys) - 1} more modules)" if keys[1:] else ""
+    return (f"{keys[0]} holds values that are not finite{more}; loratools validate lists them",)
 
 
 def _module(twin: Twin, judged: Judged) -> ConvertedModule:

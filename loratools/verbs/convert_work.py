@@ -10,6 +10,7 @@ from loratools.adapter import flat_shape
 from loratools.deltas.likeness import Likeness, compare, ratio, total
 from loratools.errors import ShapeMismatch
 from loratools.matrices import matrices
+from loratools.tensors.views import sources
 
 if TYPE_CHECKING:
     from loratools.adapter import Module
@@ -22,6 +23,13 @@ __all__ = ["Judged", "Twin", "judge", "norm_before"]
 _BIASES = {"up_bias", "diff_bias"}
 _FACTORED = {"lora", "adalora", "loha", "lokr"}
 _TOLD = {"alpha", "on_input"}  # numbers that the module knows already
+# Of float types: bytes, and the bits of infinity. Seen as integers, signed and unsigned, finite values are below it.
+_INFINITIES = {
+    "F16": (2, 0x7C00),
+    "BF16": (2, 0x7F80),
+    "F32": (4, 0x7F80_0000),
+    "F64": (8, 0x7FF0_0000_0000_0000),
+}
 # Options that say how tensors are stored, not what they do.
 _STORAGE = {"config_rank", "parameter", "blocks"}
 
@@ -56,12 +64,14 @@ class Judged:
         identical: every bit is the same.
         norm: of what it did before; 0 where it was not computed, since nothing differs.
         distance: of what it does now from that, in the norm's unit.
+        unbounded: the first tensor read that holds values that are not finite; None where all are.
     """
 
     name: str
     identical: bool
     norm: float
     distance: float
+    unbounded: str | None = None
 
     @property
     def relative(self) -> float:
@@ -72,10 +82,32 @@ class Judged:
 def judge(item: Twin) -> Judged:
     """Compare: bits first, then what they do, in float64."""
     before, after = item.before, item.after
+    bad = None if before is None else _unbounded(before)
     if before is not None and after is not None and _identical(before, after):
-        return Judged(item.name, True, 0.0, 0.0)
+        return Judged(item.name, True, 0.0, 0.0, bad)
     found = total(_likenesses(item))
-    return Judged(item.name, False, found.norm_a, found.distance)
+    return Judged(item.name, False, found.norm_a, found.distance, bad)
+
+
+def _unbounded(module: Module) -> str | None:
+    """The first tensor of a module that holds a NaN or an infinity, by its key in the file."""
+    for ref in module.tensors.values():
+        if not _is_finite(ref):
+            return next((one.name for one in sources(ref)), ref.name)
+    return None
+
+
+def _is_finite(ref: TensorRef) -> bool:
+    """Whether all values are finite: told by their bits, since widening them takes far longer."""
+    import numpy as np
+
+    infinity = _INFINITIES.get(ref.spec.dtype.name)
+    if infinity is None:
+        return True  # no float, or one of 8 bits
+    width, bits = infinity
+    raw, sign = ref.source.read_bytes(ref.name), 1 << (8 * width - 1)
+    positive, negative = raw.view(f"<i{width}"), raw.view(f"<u{width}")
+    return int(np.max(positive, initial=0)) < bits and int(np.max(negative, initial=0)) < sign + bits
 
 
 def norm_before(item: Twin) -> float:

@@ -191,7 +191,7 @@ def run_diff(
     return DiffReport(
         a=planned.a.name,
         b=planned.b.name,
-        identical=same and not any(only) and whole.relative <= tolerance,
+        identical=same and not _missing(planned.pairing, only, found) and whole.relative <= tolerance,
         distance=whole.distance,
         relative=whole.relative,
         cosine=whole.cosine,
@@ -211,6 +211,24 @@ def run_diff(
 
 def _opened(ref: Ref | Mapping[str, Any] | Adapter, allow_pickle: bool) -> Adapter:
     return ref if isinstance(ref, Adapter) else open_adapter(ref, allow_pickle=allow_pickle)
+
+
+def _missing(
+    pairing: Pairing, only: Sequence[tuple[str, ...]], found: Sequence[tuple[Pair, Compared]]
+) -> bool:
+    """Whether one adapter has what the other lacks.
+
+    A fused weight has all its parts, also those that were not trained: across dialects, a part that does nothing is
+    no difference.
+    """
+    if not pairing.architecture:
+        return any(only)
+    idle = {
+        item.name
+        for item, one in found
+        if (item.a is None or item.b is None) and not (one.likeness.norm_a or one.likeness.norm_b)
+    }
+    return any(name not in idle for names in only for name in names)
 
 
 def _untold(extra: Extra) -> bool:

@@ -256,7 +256,7 @@ def run_extract(
     if planned.output is not None:
         size = save(
             adapter, planned.output, format=planned.to, dtype=dtype, force=planned.force, sync=sync,
-            provenance=_provenance(planned, dtype), inputs=_paths(planned),
+            provenance=_provenance(planned, dtype), inputs=_paths(planned), base_config=planned.base.config,
         ).bytes  # fmt: skip
     _, error, optimality = joint(made.parts)
     ranks = [module.rank for module in made.reports]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from loratools.executors.base import make_executor
 from loratools.formats.gguf import with_base
 from loratools.formats.opening import open_adapter
 from loratools.merging import Conflict, Merged, merge_tensors
+from loratools.metadata.hashes import HASHES
 from loratools.models import open_base, require_unquantised
 from loratools.planning import Output, Plan, SmallFile, describe, plan_steps
 from loratools.provenance import METADATA_KEY, RECORD_NAME, identify, record
@@ -131,7 +132,10 @@ def plan_merge(
         block_weights=settle_block_weights(block_weights, len(opened)),
     )  # fmt: skip
     provenance = _provenance(model, opened, factors, dtype, block_weights)
-    plan, left_out = _lay_out(model, opened, merged, provenance, shard_size, device, in_memory=output is None)
+    plan, left_out, told = _lay_out(
+        model, opened, merged, provenance, shard_size, device, in_memory=output is None
+    )
+    merged = replace(merged, warnings=(*merged.warnings, *told))
     return MergePlan(model, opened, factors, merged, plan, left_out, output, force, device)
 
 
@@ -348,7 +352,8 @@ def _lay_out(
     device: str,
     *,
     in_memory: bool,
-) -> tuple[Plan, tuple[str, ...]]:
+) -> tuple[Plan, tuple[str, ...], tuple[str, ...]]:
+    """The plan, the base's files that are not carried along, and what a careful user should read of it."""
     if shard_size is not None and base.kind != "folder":
         raise Unsupported("--shard-size is for folders; the base is a single file")
     if shard_size is not None and base.components:
@@ -356,7 +361,8 @@ def _lay_out(
     outputs = _into_files(base, merged) if shard_size is None else _into_shards(merged, shard_size)
     if base.components and in_memory:
         outputs = {"": list(merged.outputs.values())}
-    metadata = {name: _metadata(base, name) for name in outputs}
+    metadata = {name: _metadata(base, name, listed) for name, listed in outputs.items()}
+    told = () if in_memory else _unsaid(base, metadata)
     text = json.dumps(provenance, indent=2) + "\n"
     small: list[SmallFile] = []
     left_out: tuple[str, ...] = ()
@@ -383,7 +389,7 @@ def _lay_out(
                 small.append(index_file(index_name, files, weight_map, specs))
     kind = "memory" if in_memory else base.kind
     identity = (base.identity(), *(a.tensors[0].source.identity() for a in adapters if a.tensors))
-    return Plan(kind, files, steps, tuple(small), (*identity, text)), left_out
+    return Plan(kind, files, steps, tuple(small), (*identity, text)), left_out, told
 
 
 def _kept_headers(base: BaseModel, outputs: Mapping[str, list[Output]]) -> dict[str, bytes]:
@@ -398,12 +404,30 @@ def _kept_headers(base: BaseModel, outputs: Mapping[str, list[Output]]) -> dict[
     }
 
 
-def _metadata(base: BaseModel, file: str) -> Mapping[str, str]:
+def _metadata(base: BaseModel, file: str, outputs: Sequence[Output]) -> Mapping[str, str]:
+    """What the base says in a file; the hashes of its tensors only where the same ones are in it as they were."""
+    found = _stated(base, file)
+    whole = {output.name for output in outputs} == set(base.files.get(file, ()))
+    if whole and all(output.is_copy and _is_own(output) for output in outputs):
+        return found
+    return {key: value for key, value in found.items() if key not in HASHES}
+
+
+def _stated(base: BaseModel, file: str) -> Mapping[str, str]:
     shards = getattr(base.source, "shards", None)
     if shards is not None and file in shards:
         found: Mapping[str, str] = shards[file].metadata
         return found
     return base.source.metadata
+
+
+def _unsaid(base: BaseModel, metadata: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
+    """That hashes which the base states are left out, since they would be of other tensors."""
+    gone = sorted(
+        {key for file, kept in metadata.items() for key in _stated(base, file).keys() - kept.keys()}
+    )
+    told = f"{', '.join(gone)}: left out, since the base's tensors have changed"
+    return (told,) if gone else ()
 
 
 def _into_files(base: BaseModel, merged: Merged) -> dict[str, list[Output]]:

@@ -23,6 +23,7 @@ from loratools.verbs.normalize_engine import (
     facts_of_base,
     require_accepted,
     require_fixable,
+    seen_as,
     whole_unit,
 )
 from loratools.verbs.normalize_planning import (
@@ -35,7 +36,7 @@ from loratools.verbs.normalize_planning import (
     require_plain,
 )
 from loratools.verbs.normalize_work import make_plain
-from loratools.verbs.saving import WEIGHTS_NAME, float_dtype, identify_adapter, input_paths, save
+from loratools.verbs.saving import WEIGHTS_NAME, float_dtype, identify_adapter, input_paths, save, settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["normalize"]
 
 Ref = str | os.PathLike[str]
+_AS_PEFT = {"gguf", "mlx"}  # formats of language models, whose modules PEFT's configuration can name
 
 
 def normalize(
@@ -129,8 +131,12 @@ def normalize(
         require_fixable(target, adapter, facts_of_base(adapter, model), rank=rank, to=to)
     adapter.require_computable()
     inputs = [] if model is None or model.path is None else [model.path]
+    inputs += input_paths(adapter)
     if out is not None:
-        require_place(Path(out), [*input_paths(adapter), *inputs], force=force)
+        require_place(Path(out), inputs, force=force)
+    read, form = adapter, settled(adapter, to)
+    if adapter.format in _AS_PEFT:
+        adapter = seen_as(adapter, "peft", None)
     renamed, adapter = mend_names(adapter)
     if target is not None:
         changed, adapter = adjust(target, adapter, model)
@@ -151,25 +157,26 @@ def normalize(
     if rank is None and kind not in HALVES:
         require_close(results)
     made, dropped = assemble(adapter, results, kind, unit, pad=pad, whole=target is not None)
-    answer = None if target is None else require_accepted(target, made, facts_of_base(made, model))
+    answer = None if target is None else require_accepted(target, read, made, model, form=form)
     saved = None
     if out is not None:
         from loratools import __version__
 
         parameters = {"rank": rank, "pad": pad, "dtype": kind, "for": None if target is None else target.name}
-        origins = [identify_adapter(adapter)]
+        origins = [identify_adapter(read)]
         if model is not None:
             origins.append(identify("base", model.path, model.source))
         made_by = record("normalize", __version__, parameters, origins)
         saved = save(
             made,
             out,
-            format=to,
+            format=form,
             dtype=wanted,
             force=force,
             sync=sync,
             provenance=made_by,
-            inputs=[*input_paths(adapter), *inputs],
+            inputs=inputs,
+            base_config=None if model is None else model.config,
         )
     return make_report(
         adapter, made, results, dropped, renamed, kind, warnings,

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.binding import bind
 from loratools.engines.base import judge
+from loratools.engines.checks import layer_holes
 from loratools.errors import Unsupported
+from loratools.formats.gguf import read_gguf_bytes
+from loratools.formats.opening import Opened, interpret
+from loratools.formats.peft_config import CONFIG_NAME
 from loratools.formats.peft_writing import write_peft
 from loratools.formats.registry import find_format
 from loratools.tensors.base import TensorRef, TensorSpec
 from loratools.verbs.checking.engines import base_facts, gather
+from loratools.verbs.checking.values import beyond_half
 from loratools.verbs.normalize_planning import HALVES
 from loratools.verbs.reports import EngineAnswer
-from loratools.verbs.saving import input_paths
+from loratools.verbs.saving import input_paths, settled, view_written, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from loratools.adapter import Adapter, Module
     from loratools.engines.base import BaseFacts, Engine, Facts, Hit
     from loratools.models import BaseModel
     from loratools.targets import Binding
 
-__all__ = ["adjust", "facts_of_base", "require_accepted", "require_fixable", "whole_unit"]
+__all__ = ["adjust", "facts_of_base", "require_accepted", "require_fixable", "seen_as", "whole_unit"]
 
-_MENDS = "loratools normalize "
+_MENDS, _WITH_BASE = "loratools normalize ", " --base BASE"
+_NUMBER = re.compile(r"\.\d{1,5}\.")
 
 
 def facts_of_base(adapter: Adapter, model: BaseModel | None) -> BaseFacts | None:
     """What the base says about an adapter, where one is given."""
     return None if model is None else base_facts(adapter, model)
+
+
+def seen_as(adapter: Adapter, form: str, base_config: Mapping[str, Any] | None) -> Adapter:
+    """The adapter as a reader finds it when it is written in another format.
+
+    Raises:
+        Unsupported: that format cannot express it.
+    """
+    if adapter.format == form:
+        return adapter
+    made = write(adapter, form, base_config=base_config)
+    whole = made.files.get(made.weights)
+    if whole is not None:
+        return replace(read_gguf_bytes(adapter.name, whole), name=adapter.name)
+    raw = json.loads(made.files.get(CONFIG_NAME, b"{}"))
+    return interpret(Opened(adapter.name, view_written(made), raw, "its configuration"))
 
 
 def require_fixable(
@@ -45,10 +69,12 @@ def require_fixable(
     """
     if to is not None and find_format(to).name not in engine.formats:
         raise Unsupported(f"{engine.title} does not read {to}", hint=f"it reads {', '.join(engine.formats)}")
-    facts = gather(adapter, [ref.name for ref in adapter.tensors], ref=_typed(adapter), base=base)
+    judged = replace(adapter, format=settled(adapter, to))
+    facts = gather(judged, [ref.name for ref in adapter.tensors], ref=_typed(adapter), base=base)
     for hit in _errors(engine, facts):
         lowered = hit.rule.check == "rank_above" and rank is not None
-        if not lowered and not hit.fix.startswith(_MENDS):
+        padded = hit.rule.check == "mixed_rank" and "pad" in engine.plain
+        if not lowered and not padded and not hit.fix.startswith(_MENDS):
             raise _refusal(engine, adapter, hit)
 
 
@@ -62,20 +88,28 @@ def adjust(engine: Engine, adapter: Adapter, model: BaseModel | None) -> tuple[d
     renamed = {} if binding is None else dict(_renamed(adapter, binding))
     modules = {renamed.get(name, name): module for name, module in adapter.modules.items()}
     if binding is not None and model is not None:
-        modules |= {
-            renamed.get(name, name): module for name, module in _fillers(engine, adapter, binding, model)
-        }
+        for name, place, like in _lacking(engine, adapter, binding, model):
+            found = place.removesuffix(".weight") if renamed else name
+            modules[found] = _zeros(like, found, _shape(place, like, model))
+    extras = adapter.extras
+    if "drop_copies" in engine.plain:
+        extras = {key: extra for key, extra in extras.items() if extra.role != "base_copy"}
     raw = dict(adapter.config.raw)
     targets = raw.get("target_modules")
     if "list_targets" in engine.plain and isinstance(targets, str) and targets not in {"all", "all-linear"}:
         raw["target_modules"] = sorted({name.rpartition(".")[2] for name in modules})
-    return renamed, replace(adapter, modules=modules, config=replace(adapter.config, raw=raw))
+    config = replace(adapter.config, raw=raw)
+    return renamed, replace(adapter, modules=modules, extras=extras, config=config)
 
 
-def _fillers(
+def _lacking(
     engine: Engine, adapter: Adapter, binding: Binding, model: BaseModel
-) -> Iterator[tuple[str, Module]]:
-    """Modules of zeros for the projections that an engine stacks with others and cannot do without."""
+) -> Iterator[tuple[str, str, Module]]:
+    """What an engine cannot do without: projections it stacks with others, modules that only some layers have.
+
+    Yields:
+        The name of a module, its weight, and a module that it is to be like.
+    """
     weights = {term.name: weight for weight, terms in binding.terms.items() for term in terms}
     for rule in engine.rules:
         if rule.check != "packed_partly":
@@ -88,10 +122,23 @@ def _fillers(
             for needed in rule.parameters["needed"]:
                 place = f"{weight.removesuffix(f'{last}.weight')}{needed}.weight"
                 if f"{owner}.{needed}" not in adapter.modules and place in model.source.specs:
-                    yield (
-                        f"{owner}.{needed}",
-                        _zeros(module, f"{owner}.{needed}", model.source.specs[place].shape),
-                    )
+                    yield f"{owner}.{needed}", place, module
+    if not any(rule.check == "layers_missing" for rule in engine.rules):
+        return
+    for example, layers in layer_holes(gather(adapter, (), base=facts_of_base(adapter, model))).values():
+        module = adapter.modules[example]
+        if module.kind != "lora" or not module.rank or example not in weights:
+            continue
+        for layer in layers:
+            place = _NUMBER.sub(f".{layer}.", weights[example], count=1)
+            if place in model.source.specs:
+                yield _NUMBER.sub(f".{layer}.", example, count=1), place, module
+
+
+def _shape(place: str, like: Module, model: BaseModel) -> tuple[int, ...]:
+    """The shape of a weight as (out, in): stored the other way round where that is how it fits a like one."""
+    shape = model.source.specs[place].shape
+    return shape[::-1] if shape != like.shape and shape[::-1] == like.shape else shape
 
 
 def _zeros(like: Module, name: str, shape: tuple[int, ...]) -> Module:
@@ -139,16 +186,33 @@ def whole_unit(engine: Engine, kind: str, unit: float, rank: int, wanted: str | 
     return ("F32" if wanted is None and kind in HALVES else kind), 1.0
 
 
-def require_accepted(engine: Engine, made: Adapter, base: BaseFacts | None) -> EngineAnswer:
-    """Put the result to the engine's rules.
+def require_accepted(
+    engine: Engine, read: Adapter, made: Adapter, model: BaseModel | None, *, form: str
+) -> EngineAnswer:
+    """Put the result to the engine's rules, in the format that it will have.
+
+    Args:
+        engine: that is to load it.
+        read: the adapter as it was.
+        made: the result.
+        model: the base, where one is given.
+        form: the format that the result is written in.
 
     Raises:
-        Unsupported: it would still refuse it, or compute something else.
+        Unsupported: it would still refuse it, or compute something else; the format cannot express it.
     """
-    keys = write_peft(made)[0] if made.format == "peft" else ()
-    facts = gather(made, keys, ref=_typed(made), base=base)
+    seen = seen_as(made, form, None if model is None else model.config)
+    keys = write_peft(seen)[0] if seen.format == "peft" else ()
+    rounds = any(rule.check == "beyond_half" for rule in engine.rules)
+    facts = gather(
+        seen,
+        keys,
+        ref=_typed(read),
+        beyond_half=beyond_half(seen.tensors) if rounds else (),
+        base=facts_of_base(made, model),
+    )
     for hit in _errors(engine, facts):
-        raise _refusal(engine, made, hit)
+        raise _refusal(engine, seen, hit, given=model is not None)
     verdict = judge(engine, facts)
     return EngineAnswer(engine.name, verdict.loads, verdict.same_maths, verdict.flags)
 
@@ -162,7 +226,9 @@ def _errors(engine: Engine, facts: Facts) -> Iterator[Hit]:
     yield from (hit for hit in judge(engine, facts).hits if hit.rule.severity == "error")
 
 
-def _refusal(engine: Engine, adapter: Adapter, hit: Hit) -> Unsupported:
+def _refusal(engine: Engine, adapter: Adapter, hit: Hit, *, given: bool = False) -> Unsupported:
+    """The error; its hint is the rule's fix, unless that is what was just tried (``given``: with a base)."""
     known = adapter.refusal[1] if adapter.refusal is not None else None
-    way_out = known if not hit.fix or hit.fix.startswith(_MENDS) else hit.fix
+    tried = hit.fix.startswith(_MENDS) and (given or not hit.fix.endswith(_WITH_BASE))
+    way_out = known if not hit.fix or tried else hit.fix
     return Unsupported(f"{adapter.name} cannot be made right for {engine.title}: {hit.message}", hint=way_out)

@@ -31,6 +31,7 @@ from loratools.verbs.saving import (
     float_dtype,
     input_paths,
     save,
+    settled,
     widest,
 )
 
@@ -366,7 +367,7 @@ def _warnings(task: Task, modules: tuple[ReducedModule, ...], error: float) -> I
     kernels = [
         (name, module.kind) for name, module in task.adapter.modules.items() if _hides_its_kernel(module)
     ]
-    if kernels:
+    if kernels and settled(task.adapter, task.to) == "peft":  # others tell by the model's own names
         name, kind = kernels[0]
         yield (
             f"{name} is {kind} and becomes a plain LoRA; its file does not tell a linear layer from a convolution, and "

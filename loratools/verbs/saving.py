@@ -6,17 +6,18 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools.architectures.base import architecture as named_architecture
 from loratools.canonical import find_architecture
 from loratools.dtypes import compatible
 from loratools.dtypes import dtype as named_dtype
-from loratools.errors import Incomplete, LoratoolsError, OutputExists, Unsupported
+from loratools.errors import Incomplete, LoratoolsError, Mismatch, OutputExists, Unsupported
 from loratools.executors.base import make_executor
-from loratools.formats.keys import BLANK_HASHES
+from loratools.formats.keys import BLANK_HASHES, name_model
 from loratools.formats.peft_config import CONFIG_NAME
 from loratools.formats.registry import FORMATS, find_format, is_diffusion
 from loratools.metadata.hashes import file_hashes
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from loratools.adapter import Adapter
+    from loratools.architectures.base import Architecture
     from loratools.dtypes import Dtype
     from loratools.formats.registry import Format, Written
     from loratools.tensors.base import TensorSource
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SaveReport",
     "describe_save",
+    "find_naming",
     "float_dtype",
     "identify_adapter",
     "input_paths",
@@ -59,6 +62,7 @@ __all__ = [
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _NAMED = 3  # keys and reasons spelled out in a message
+_FILE_ENDINGS = frozenset({".safetensors", ".gguf", ".npz", ".ckpt", ".bin", ".pt", ".pth"})
 _BESIDE = "config_sha256"  # in a single file's record: the configuration that was written beside it
 
 
@@ -93,6 +97,7 @@ def save(
     sync: bool = True,
     provenance: Mapping[str, Any] | None = None,
     inputs: Iterable[str | os.PathLike[str]] = (),
+    base_config: Mapping[str, Any] | None = None,
 ) -> SaveReport:
     """Write an adapter.
 
@@ -120,6 +125,7 @@ def save(
         provenance: the record of what made it, as :func:`~loratools.provenance.record` makes it; by default, that it
             was saved from ``adapter``.
         inputs: paths the adapter was made of, which ``out`` must not touch; those its tensors lie in are known.
+        base_config: the base's ``config.json``, for formats that ask for it (GGUF, MLX).
 
     Raises:
         OutputExists: ``out`` exists, or overlaps an input.
@@ -130,7 +136,9 @@ def save(
     output = Path(out)
     require_place(output, [*input_paths(adapter), *map(Path, inputs)], force=force)
     format = settled(adapter, format)  # noqa: A001
-    written = write(adapter, format, arch=arch, allow_loss=allow_loss)
+    written = write(adapter, format, arch=arch, allow_loss=allow_loss, base_config=base_config)
+    if arch is not None and provenance is None and is_diffusion(format):  # else nobody named it, it was found
+        written = replace(written, metadata=name_model(written.metadata, format, named_architecture(arch)))
     return save_written(
         adapter, written, output, format=format, dtype=dtype, force=force, sync=sync, provenance=provenance
     )
@@ -142,11 +150,12 @@ def write(
     *,
     arch: str | None = None,
     allow_loss: Iterable[str] = (),
+    base_config: Mapping[str, Any] | None = None,
 ) -> Written:
     """An adapter in the terms of a format; arguments and errors are those of :func:`save`."""
     wanted = find_format(settled(adapter, format))
-    architecture = find_architecture(adapter, arch) if names_depend(adapter, wanted) else None
-    written = wanted.write(adapter, architecture)
+    options = {"base_config": base_config} if wanted.needs_base else {}
+    written = wanted.write(adapter, find_naming(adapter, wanted, arch), **options)
     require_nothing_lost(adapter.name, wanted.name, written.lost, allow_loss)
     return written
 
@@ -157,6 +166,27 @@ def settled(adapter: Adapter, format: str | None) -> str:  # noqa: A002
         return find_format(format).name
     own = FORMATS.get(adapter.format)
     return own.name if own is not None and own.writer else "peft"
+
+
+def find_naming(adapter: Adapter, wanted: Format, arch: str | None = None) -> Architecture | None:
+    """The architecture whose names a format is written in; None where the names stay as they are.
+
+    In its own dialect an adapter keeps its names where several families have such modules.
+
+    Raises:
+        Mismatch: several have, and the names are to be translated.
+        Unsupported: no architecture is called ``arch``.
+    """
+    if not names_depend(adapter, wanted):
+        if arch is not None:
+            named_architecture(arch)  # refused where there is none of this name
+        return None
+    try:
+        return find_architecture(adapter, arch)
+    except Mismatch:
+        if wanted.name != adapter.format:
+            raise
+        return None
 
 
 def names_depend(adapter: Adapter, wanted: Format) -> bool:
@@ -181,7 +211,8 @@ def require_nothing_lost(name: str, format: str, lost: Mapping[str, str], allowe
         reasons.setdefault(why, []).append(key)
     each = 1 if len(reasons) > 1 else _NAMED
     listed = [f"{_some(keys, each)}: {why}" for why, keys in list(reasons.items())[:_NAMED]]
-    more = f"; and {len(reasons) - _NAMED} other reasons" if len(reasons) > _NAMED else ""
+    rest = len(reasons) - _NAMED
+    more = f"; and {rest} other reason{'s' if rest > 1 else ''}" if rest > 0 else ""
     raise Unsupported(
         f"{name}: {format} has no place for {'; '.join(listed)}{more}",
         hint="--allow-loss NAME leaves a key out; NAME may have * in it",
@@ -300,11 +331,12 @@ def plan_save(
     force: bool = False,
     provenance: Mapping[str, Any] | None = None,
     inputs: Iterable[str | os.PathLike[str]] = (),
+    base_config: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, bytes]:
     """What :func:`save` would write, and the configuration's bytes. Arguments and errors are those of :func:`save`."""
     require_place(output, [*input_paths(adapter), *map(Path, inputs)], force=force)
     format = settled(adapter, format)  # noqa: A001
-    written = write(adapter, format, arch=arch, allow_loss=allow_loss)
+    written = write(adapter, format, arch=arch, allow_loss=allow_loss, base_config=base_config)
     return lay_out_written(adapter, written, output, format=format, dtype=dtype, provenance=provenance)
 
 
@@ -352,6 +384,7 @@ def lay_out_written(
         return Plan("file", (OutputFile(output.name, raw, len(raw)),), (), (), (str(output),)), b""
     if not written.tensors:
         raise Unsupported(f"{adapter.name} holds no tensors; there is nothing to write")
+    _require_ending(output, Path(written.weights).suffix, format)
     config = written.files.get(CONFIG_NAME, b"")
     wanted = float_dtype(dtype)
     outputs = [Output(name, _spec(name, ref.spec, wanted), ref) for name, ref in written.tensors.items()]
@@ -369,6 +402,19 @@ def lay_out_written(
     return Plan("file" if single else "folder", files, steps, small, (str(output), config)), config
 
 
+def _require_ending(output: Path, ending: str, format: str) -> None:  # noqa: A002
+    """Refuse a folder that would be called like a file of another kind.
+
+    Raises:
+        Unsupported: it would.
+    """
+    if output.suffix != ending and output.suffix.lower() in _FILE_ENDINGS:
+        raise Unsupported(
+            f"{output}: {format} has no {output.suffix} files; it would be a folder of that name",
+            hint=f"call it {output.with_suffix('')}, for a folder, or {output.with_suffix(ending)}",
+        )
+
+
 def describe_save(
     adapter: Adapter,
     out: str | os.PathLike[str],
@@ -384,7 +430,8 @@ def describe_save(
         out: where.
         verb: whose dry run it is.
         reads: what it is made of; by default, itself.
-        options: ``format``, ``arch``, ``allow_loss``, ``dtype``, ``force``, ``inputs`` of :func:`save`.
+        options: ``format``, ``arch``, ``allow_loss``, ``dtype``, ``force``, ``inputs``, ``base_config`` of
+            :func:`save`.
 
     Raises:
         OutputExists: ``out`` exists, or overlaps an input.

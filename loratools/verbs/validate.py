@@ -67,8 +67,10 @@ def validate(
     model = None if base is None else open_base(base)
     subject = _subject(opened, model)
     asked = (engines,) if isinstance(engines, str) else engines
-    found = verdicts(opened, subject.adapter, model, asked)
-    findings = [*_findings(subject, model), *check_engines(found, model)]
+    own = list(_findings(subject, model))
+    beyond_half = tuple(finding.where for finding in own if finding.code == "overflows-fp16")
+    found = verdicts(opened, subject.adapter, model, asked, beyond_half=beyond_half)
+    findings = [*own, *check_engines(found, model)]
     counted = {"error", "warning"} if strict else {"error"}
     return ValidationReport(
         path=opened.name,

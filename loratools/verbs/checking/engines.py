@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +32,20 @@ __all__ = ["answers", "base_facts", "check_engines", "gather", "verdicts"]
 _TOKENS = "added_tokens.json"
 _MAX_TOKENS = 64_000_000  # bytes
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYER = re.compile(r"\.(\d{1,5})\.")
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration
 
 
 def verdicts(
-    opened: Opened, adapter: Adapter, base: BaseModel | None, names: Sequence[str]
+    opened: Opened,
+    adapter: Adapter,
+    base: BaseModel | None,
+    names: Sequence[str],
+    *,
+    beyond_half: tuple[str, ...] = (),
 ) -> tuple[Verdict, ...]:
-    """What each engine would do with an adapter, in the order asked.
+    """What each engine would do with an adapter, in the order asked; ``beyond_half`` as :func:`gather` takes it.
 
     Raises:
         Unsupported: no such engine is known.
@@ -50,6 +59,7 @@ def verdicts(
         ref=_typed(opened),
         suffix="" if opened.weights is None else opened.weights.suffix,
         added_tokens=_added_tokens(opened),
+        beyond_half=beyond_half,
         base=None if base is None else base_facts(adapter, base),
     )
     return tuple(judge(one, facts) for one in engines.values())
@@ -81,6 +91,7 @@ def gather(
     ref: str = "REF",
     suffix: str = ".safetensors",
     added_tokens: tuple[int, ...] = (),
+    beyond_half: tuple[str, ...] = (),
     base: BaseFacts | None = None,
 ) -> Facts:
     """What engines look at.
@@ -91,6 +102,7 @@ def gather(
         ref: what a user types for it.
         suffix: of the file.
         added_tokens: ids of the tokens added beside it.
+        beyond_half: tensors with a value that half precision cannot hold.
         base: of the model, where one is given.
     """
     listed = list(keys)
@@ -110,6 +122,7 @@ def gather(
         doubled=tuple(key for key in listed if peft and key.startswith(PREFIX * 2)),
         unpaired=tuple(dict.fromkeys(unpaired)),
         added_tokens=added_tokens,
+        beyond_half=beyond_half,
         base=base,
     )
 
@@ -154,8 +167,14 @@ def _added_tokens(opened: Opened) -> tuple[int, ...]:
 
 def base_facts(adapter: Adapter, base: BaseModel) -> BaseFacts:
     """What a base says about an adapter, from headers alone."""
+    kind = str(base.config.get("model_type") or "")
     known = BaseFacts(
-        base.name, str(base.config.get("model_type") or ""), base.tie is not None, _vocabulary(base)
+        base.name,
+        kind,
+        architecture=_architecture(kind),
+        layers=_layers(base),
+        tied=base.tie is not None,
+        vocabulary=_vocabulary(base),
     )
     if not adapter.modules or quantisation_scheme(base) is not None:
         return known
@@ -173,14 +192,25 @@ def base_facts(adapter: Adapter, base: BaseModel) -> BaseFacts:
         unclaimed = {key for key, extra in adapter.extras.items() if extra.role == "unclaimed"}
         unmatched = tuple(key for key in binding.unmatched if key not in unclaimed)
     misfits = {name: (f.delta, f.weight) for name, f in faults if isinstance(f, ShapeMismatch)}
-    return BaseFacts(
-        known.name,
-        known.family,
-        known.tied,
-        known.vocabulary,
-        unmatched=unmatched,
-        renamed=words,
-        misfits=misfits,
+    return replace(known, unmatched=unmatched, renamed=words, misfits=misfits)
+
+
+def _architecture(kind: str) -> str:
+    """What GGUF calls a family of models; empty where this build does not write GGUF for it."""
+    from loratools.formats.gguf import MODELS
+
+    return next((model.architecture for model in MODELS if kind in model.types), "")
+
+
+def _layers(base: BaseModel) -> int | None:
+    """How many layers its decoder has, by its configuration, else by its weights' names."""
+    inner = base.config.get("text_config")
+    config = {**base.config, **inner} if isinstance(inner, dict) else base.config
+    for field in _LAYER_COUNTS:
+        if type(config.get(field)) is int:
+            return int(config[field])
+    return max(
+        (int(found[1]) + 1 for name in base.source.specs if (found := _LAYER.search(name))), default=None
     )
 
 

@@ -105,9 +105,9 @@ def _dialect(subject: Subject) -> Iterator[Finding]:
     if not adapter.modules and not faults and "is broken" not in (adapter.refusal or ("",))[0]:
         return  # something else that PEFT writes
     broken = broken_groups(subject.opened.source)
-    for key, (problem, _) in broken.items():
+    for problem, keys in broken.values():
         hint = _ZERO3_HINT if problem.code == "empty-factor" else None
-        yield error(problem.code, key, problem.text, hint)
+        yield error(problem.code, keys[0], problem.text, hint)
     for fault in faults:
         yield error("metadata-invalid", adapter.name, fault, "correct the metadata, or remove them")
     known = {key for _, keys in broken.values() for key in keys}

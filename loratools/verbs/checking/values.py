@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from loratools.verbs.checking.subject import error, few, warning
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from loratools.tensors.base import TensorRef
     from loratools.verbs.checking.subject import Subject
     from loratools.verbs.reports import Finding
 
-__all__ = ["check_values"]
+__all__ = ["beyond_half", "check_values"]
 
 _PIECE = 1 << 20  # elements read at once; even, so that packed 4-bit types split between bytes
 _LARGEST_F16 = 65504.0
@@ -56,6 +56,12 @@ def check_values(subject: Subject) -> Iterator[Finding]:
                 "keep it in bfloat16 or float32",
             )  # fmt: skip
     yield from _idle(subject, zero)
+
+
+def beyond_half(refs: Iterable[TensorRef]) -> tuple[str, ...]:
+    """The tensors with a finite value that half precision cannot hold."""
+    floats = [ref for ref in refs if ref.spec.dtype.kind == "float" and ref.spec.dtype.numpy is not None]
+    return tuple(ref.name for ref in floats if ref.spec.count and _read(ref).largest > _LARGEST_F16)
 
 
 def _read(ref: TensorRef) -> _Seen:
