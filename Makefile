@@ -28,11 +28,13 @@ cog:
 bench-smoke:
 	$(PYTHON) benchmarks/merge.py --smoke
 	$(PYTHON) benchmarks/algebra.py --smoke
+	$(PYTHON) benchmarks/convert.py --smoke
 
 bench:
 	$(PYTHON) benchmarks/merge.py
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/algebra.py --peers
+	$(PYTHON) benchmarks/convert.py
 
 slow:
 	$(PYTHON) -m pytest -q -m slow
