@@ -12,7 +12,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.adapter import SAVED_EMBEDDING, Adapter, AdapterConfig, Extra, Module
-from loratools.formats.loralib import unfused
 from loratools.formats.peft_config import effective_scaling
 from loratools.formats.refusals import why_broken, why_refused
 from loratools.tensors.base import TensorRef
@@ -318,6 +317,8 @@ def _lora(
         options["experts"] = stored // rank
         stored = rank
     if enabled := _enabled(config):  # the same delta as one pair: n times the rank, and so n times the alpha
+        from loratools.formats.loralib import unfused
+
         tensors["up"] = unfused(tensors["up"], enabled)
         count = sum(enabled)
         rank, alpha, up = rank * count, alpha * count, tensors["up"].shape

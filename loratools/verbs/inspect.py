@@ -98,10 +98,10 @@ def report(adapter: Adapter) -> InspectReport:
 
 def _architecture(adapter: Adapter) -> str | None:
     """The family of image models an adapter belongs to; None for others, and where several fit."""
-    from loratools.canonical import find_architecture
-
     if adapter.format not in DIALECTS:
         return None
+    from loratools.canonical import find_architecture
+
     try:
         found = find_architecture(adapter)
     except LoratoolsError:
