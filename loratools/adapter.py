@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from loratools.tensors.base import TensorRef
     from loratools.verbs.saving import SaveReport
 
-__all__ = ["Adapter", "AdapterConfig", "Extra", "ExtraRole", "Module", "Part", "flat_shape", "require_shape"]
+__all__ = [
+    "CONSTRAINED", "RANKED", "UNSCALED", "Adapter", "AdapterConfig", "Extra", "ExtraRole", "Module", "Part",
+    "flat_shape", "require_shape",
+]  # fmt: skip
 
 Part = Literal["weight", "bias"]
 # The reason of a "replacement" that PEFT saves beside an adapter without its having been trained.
@@ -32,7 +35,10 @@ SAVED_EMBEDDING = "saved embedding"
 ExtraRole = Literal["replacement", "base_copy", "token_rows", "training_only", "carried", "unclaimed"]
 _DELTAS = {"lora", "adalora", "loha", "lokr", "full", "norm"}
 # Which need nothing that says their scaling.
-_UNSCALED = {"ia3", "full", "norm", "set", "oft", "oftv2", "boft"}
+UNSCALED = frozenset({"ia3", "full", "norm", "set", "oft", "oftv2", "boft"})
+# Which an alpha over their rank scales, and which take it for a limit.
+RANKED = frozenset({"lora", "dora", "loha", "lokr", "glora"})
+CONSTRAINED = frozenset({"oft", "boft"})
 _NUMBERS = ("alpha", "on_input", "reshape")
 
 
@@ -137,7 +143,7 @@ class Module:
         Raises:
             Unsupported: nothing says the scaling.
         """
-        if self.scaling is None and self.kind not in _UNSCALED:
+        if self.scaling is None and self.kind not in UNSCALED:
             raise Unsupported(
                 f"nothing says how a {self.kind} module is scaled", hint="pass its adapter_config.json"
             )

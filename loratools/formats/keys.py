@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from loratools.adapter import CONSTRAINED, RANKED, UNSCALED
 from loratools.architectures.base import called
 from loratools.canonical import candidates
 from loratools.errors import LoratoolsError, Unsupported
@@ -38,9 +39,6 @@ __all__ = [
 ]
 
 ALPHA = "alpha"
-_UNSCALED = {"full", "norm", "set", "ia3", "oftv2"}
-_RANKED = {"lora", "dora", "loha", "lokr", "glora"}
-_CONSTRAINED = {"oft", "boft"}  # whose alpha is no divisor but a limit
 _LARGEST = 3e38
 # Hashes that a file stated, and will state of its new bytes: they have these lengths, and are filled in at the end.
 BLANK_HASHES = {MODEL: "0" * 64, LEGACY: "0" * 8, MODELSPEC: "0x" + "0" * 64}
@@ -90,7 +88,7 @@ class Sheet:
     def note(self, stem: str, module: Module) -> None:
         """Remember what metadata say of a module."""
         self.kinds.add(module.kind)
-        if module.rank and module.scaling is not None and module.kind in _RANKED:
+        if module.rank and module.scaling is not None and module.kind in RANKED:
             told = ModuleFacts(module.rank, _product(module, module.rank))
             self.ranks[stem] = told, any(size > 1 for size in module.shape[2:])
 
@@ -329,7 +327,7 @@ def _suffix(stem: str, dialect: str, module: Module, role: str) -> str:
 
 def _plain(stem: str, module: Module) -> Module:
     """A module in a form that LyCORIS has: a bias in its own right, no scaling where none is stored."""
-    if module.scaling is None and module.kind not in _UNSCALED | _CONSTRAINED:
+    if module.scaling is None and module.kind not in UNSCALED:
         raise Unsupported(
             f"nothing says how {stem} is scaled", hint="pass its adapter_config.json, or --alpha"
         )
@@ -379,9 +377,9 @@ def _alpha(stem: str, module: Module) -> dict[str, TensorRef]:
     import numpy as np
 
     kind = "lora" if module.kind == "dora" else module.kind
-    if kind in _UNSCALED:
+    if kind in UNSCALED - CONSTRAINED:
         return {}
-    if kind in _CONSTRAINED:  # of which it is a limit, of all output features together
+    if kind in CONSTRAINED:  # of which it is a limit, of all output features together
         constraint = float(module.options.get("constraint") or 0.0)
         value = constraint / (module.shape[0] or 1) if module.alpha is None else module.alpha
     else:

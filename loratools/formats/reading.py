@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter import Adapter, AdapterConfig, Extra, Module
+from loratools.adapter import CONSTRAINED, RANKED, Adapter, AdapterConfig, Extra, Module
 from loratools.errors import AmbiguousFormat, BadConfig
 from loratools.formats.dialects import BARE, Names, name_modules
 from loratools.formats.grouping import group_keys, make
@@ -43,8 +43,6 @@ DIALECTS = (
 
 NO_ALPHA = "no alpha in the file"  # how the warning begins where nothing says a scaling
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' copy of PEFT's configuration, by component
-_RANKED = {"lora", "dora", "loha", "lokr", "glora"}  # kinds that an alpha over a rank scales
-_CONSTRAINED = {"oft", "boft"}
 _UNSCALED = {"full", "norm", "set", "oft", "boft", "oftv2", "tlora"}
 _SPARSE_BIAS = (".bias_indices", ".bias_values", ".bias_size")
 _BUNDLED = ("bundle_emb.", "<")
@@ -265,7 +263,7 @@ class _Scales:
         stored = self._stored(made)
         if isinstance(stored, Problem):
             return stored
-        if made.kind in _CONSTRAINED:
+        if made.kind in CONSTRAINED:
             options["constraint"] = (stored or 0.0) * made.shape[0]
         if made.kind in _UNSCALED or (made.kind == "lokr" and made.rank is None):
             return Module(made.kind, made.tensors, made.rank, stored, 1.0, made.shape, options)
@@ -308,7 +306,7 @@ class _Scales:
         return alpha, scaling, wanted
 
     def _agreed(self, made: Made, stored: float | None) -> float | None:
-        if self.given is None or made.kind not in _RANKED:
+        if self.given is None or made.kind not in RANKED:
             return stored
         if stored is not None and stored != self.given:
             raise self._contradiction(made.tensors["alpha"].name, stored)
@@ -324,6 +322,6 @@ class _Scales:
         """That nothing says how some modules are scaled, where that is so."""
         if not self.silent:
             return ()
-        scaled = sum(module.kind in _RANKED for module in modules.values())
+        scaled = sum(module.kind in RANKED for module in modules.values())
         some = "any module" if len(self.silent) == scaled else f"{len(self.silent)} of {scaled} modules"
         return (f"{NO_ALPHA} for {some} (for example {self.silent[0]}): taken as the rank, so scaled by 1",)

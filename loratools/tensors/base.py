@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -92,7 +93,7 @@ class TensorSource(Protocol):
         ...
 
 
-class ByBytes:
+class ByBytes(ABC):
     """Reading values for a source that knows how to read bytes."""
 
     specs: Mapping[str, TensorSpec]
@@ -105,9 +106,9 @@ class ByBytes:
         values = widen(raw, self.specs[name].dtype, None if out is None else out.reshape(-1))
         return values if out is None else out
 
+    @abstractmethod
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """See :class:`TensorSource`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

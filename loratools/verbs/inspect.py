@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loratools.adapter import UNSCALED
 from loratools.errors import LoratoolsError
 from loratools.formats.opening import open_adapter
 from loratools.formats.reading import DIALECTS
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["inspect"]
 
 _LORA_KINDS = {"lora", "dora", "adalora", "loha", "lokr"}
-_UNSCALED = {"ia3"}  # kinds that multiply the weight, so that nothing needs to say a scaling
 
 
 def inspect(
@@ -185,7 +185,7 @@ def _warnings(adapter: Adapter) -> Iterable[str]:
     for kind in adapter.kinds:
         if adapter.format == "peft" and adapter.modules and kind not in _LORA_KINDS:
             yield f"{kind} is not a LoRA"
-    unscaled = [n for n, m in adapter.modules.items() if m.scaling is None and m.kind not in _UNSCALED]
+    unscaled = [n for n, m in adapter.modules.items() if m.scaling is None and m.kind not in UNSCALED]
     if unscaled:
         yield (
             f"nothing read here says how {len(unscaled)} of {len(adapter.modules)} modules are scaled, "
